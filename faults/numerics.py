@@ -1,0 +1,64 @@
+"""Values that are not numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge
+
+from lab import Cause, Fault, fault
+
+if TYPE_CHECKING:
+    from lab import Run
+    from torch import Tensor
+
+NONFINITE = Cause(
+    id="numerics.nonfinite",
+    title="A value becomes NaN or infinite",
+    must=("value.nonfinite",),
+    may=("*",),  # whatever comes after it is made of it
+    repair="Guard the operation that makes it: a logarithm or a square root of 0, a division by 0, an exponential or a "
+    "float16 that overflows. Until then, skip the update when the gradient norm is not finite.",
+    refute="The inputs of the site named are not finite either: then look further upstream.",
+    look="The operation that makes this tensor, on the batch of that step.",
+    source="Micikevicius et al., 2018 (overflow in float16)",
+)
+
+NONFINITE_GRADIENT = Cause(
+    id="numerics.nonfinite_gradient",
+    title="A gradient becomes NaN or infinite while all values are finite",
+    must=("gradient.nonfinite",),
+    may=("*",),
+    repair="Look for an operation whose derivative is infinite where its value is not: sqrt at 0, norm of a zero "
+    "vector, log of an underflowed softmax, where() over a branch that is not taken.",
+    refute="A value in the forward pass of the same step is not finite.",
+    look="torch.autograd.set_detect_anomaly(True), for that one step.",
+    source="pytorch/pytorch#68425",
+)
+
+
+@fault(
+    "numerics.nonfinite",
+    title="One element of a tensor becomes NaN or infinite",
+    cause="numerics.nonfinite",
+    moves="activation.rms",
+    repair=NONFINITE.repair,
+)
+class NonFinite(Fault):
+    """Writes NaN or infinity into the first element of the value, or of the gradient, at a site."""
+
+    at: str
+    value: Literal["nan", "inf", "-inf"] = "nan"
+    gradient: bool = False
+    every: Annotated[int, Ge(1)] = 1
+
+    def lab_start(self, run: Run) -> None:
+        self.run = run
+        self.replace(run, self.at, self.change, grad=self.gradient)
+
+    def change(self, value: Tensor) -> Tensor:
+        if (self.run.step.index - self.from_step) % self.every:
+            return value
+        first = value.new_zeros(value.numel(), dtype=bool)
+        first[0] = True
+        return value.masked_fill(first.view(value.shape), float(self.value))

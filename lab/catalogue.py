@@ -1,0 +1,297 @@
+"""What plugins bring: faults, probes, rules, causes and links to other tools; and the markers that declare them.
+
+A plugin is a module. Whatever stands in it under a marker of this file, or is a `Cause`, joins the catalogue.
+Nothing here imports torch: the catalogue is listed before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+
+from lab.diagnosis.model import Basis, Cause, Phase, Symptom
+from lab.errors import BadInput, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import ModuleType
+
+    from torch import Tensor
+
+    from lab.context import Run, Step
+    from lab.sites import Site
+    from lab.store import History
+
+    Judge = Callable[[History], Iterable[Symptom]]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FaultInfo:
+    """What a fault says of itself: the cause that a diagnosis should name, and the metric that it should move."""
+
+    id: str
+    title: str
+    cause: str
+    moves: str
+    repair: str
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class ProbeInfo:
+    """What a probe says of itself. `every` is its cadence in steps; an examination runs in a sandbox."""
+
+    id: str
+    title: str
+    every: int
+    cost: str
+    examines: bool
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """What a link to another tool says of itself."""
+
+    id: str
+    title: str
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Judges metrics: a pure function from a run's history to symptoms, all of them with the rule's id.
+
+    Attributes:
+        reads: Metrics without which it cannot judge.
+        basis: Where its expectation comes from.
+        phase: Which part of a step the metric belongs to; symptoms are ordered by it.
+    """
+
+    id: str
+    title: str
+    reads: tuple[str, ...]
+    basis: Basis
+    phase: Phase
+    judge: Judge
+    doc: str = ""
+
+
+class Plugin:
+    """What takes part in a run. Every method named ``lab_...`` is a hook; see ``lab.hookspecs``."""
+
+
+@dataclass(kw_only=True)
+class Fault(Plugin):
+    """Breaks exactly one thing, and is undone when the run ends.
+
+    A subclass under ``@lab.fault`` is a dataclass: its annotated fields are the parameters that a scenario can
+    set, and `annotated_types` bounds on them are enforced.
+
+    Attributes:
+        at: Where: a site, or the module that holds it; ``*`` stands for one part of a name, ``**`` for any number.
+        from_step: The first step at which it is active.
+    """
+
+    info: ClassVar[FaultInfo]
+    at: str = ""
+    from_step: int = 0
+
+    def active(self, run: Run) -> bool:
+        """Whether the run has reached `from_step`."""
+        return run.step.index >= self.from_step
+
+    def holds(self, parameter: str) -> bool:
+        """Whether a parameter, by its name, is what `at` names or stands inside it."""
+        return within(parameter, self.at)
+
+    def replace(self, run: Run, pattern: str, change: Callable[[Tensor], Tensor], *, grad: bool = False) -> None:
+        """Replace the value, or the gradient, at every site that matches `pattern`, from `from_step` on.
+
+        Raises:
+            BadInput: No site matches.
+        """
+        run.sites.replace(pattern, change, lambda: self.active(run), grad=grad)
+
+
+class Probe(Plugin):
+    """Measures, and changes nothing."""
+
+    info: ClassVar[ProbeInfo]
+    every: int = 1
+
+    def due(self, step: Step) -> bool:
+        """Whether this step is one to measure: the first three, then each `every`-th."""
+        return step.index < 3 or step.index % self.every == 0
+
+    def read(self, run: Run, pattern: str, see: Callable[[Site, Tensor], None], *, grad: bool = False) -> list[Site]:
+        """Call ``see(site, value)`` for every matching site on steps that are due; return those sites.
+
+        The value belongs to the model: `see` must not write into it. If `see` raises, this probe is set aside.
+        """
+        guarded = run.plugins.guard(self, see)
+        return run.sites.read(pattern, guarded, lambda: self.due(run.step), grad=grad)
+
+
+@dataclass_transform(kw_only_default=True)
+def fault(
+    id: str, *, title: str, cause: str, moves: str, repair: str
+) -> Callable[[type[T]], type[T]]:
+    """Mark a class as a fault.
+
+    Args:
+        id: ``family.name``.
+        title: What it does to the model, in one short sentence.
+        cause: The id of the cause that a diagnosis should name.
+        moves: The metric that it should move.
+        repair: How the same mistake is repaired in real code.
+    """
+
+    def mark(cls: type[T]) -> type[T]:
+        made = dataclass(kw_only=True)(cls)
+        made.info = FaultInfo(id, title, cause, moves, repair, _doc(cls))  # type: ignore[attr-defined]
+        return made
+
+    return mark
+
+
+def probe(
+    id: str, *, title: str, every: int = 1, cost: str = "", examines: bool = False
+) -> Callable[[type[T]], type[T]]:
+    """Mark a class as a probe: watching, or (`examines`) running experiments in `lab_examine`.
+
+    Args:
+        id: Short, the subject of what it measures.
+        title: What it measures, in one short sentence.
+        every: The cadence in steps.
+        cost: What a measured step costs, in words.
+        examines: Whether it experiments on the model, in the sandbox of `lab_examine`.
+    """
+
+    def mark(cls: type[T]) -> type[T]:
+        cls.info = ProbeInfo(id, title, every, cost, examines, _doc(cls))  # type: ignore[attr-defined]
+        cls.every = every  # type: ignore[attr-defined]
+        return cls
+
+    return mark
+
+
+def plugin(id: str, *, title: str) -> Callable[[type[T]], type[T]]:
+    """Mark a class as a link to another tool: it listens to events, and wraps scopes."""
+
+    def mark(cls: type[T]) -> type[T]:
+        cls.info = PluginInfo(id, title, _doc(cls))  # type: ignore[attr-defined]
+        return cls
+
+    return mark
+
+
+def rule(
+    id: str, *, title: str, reads: tuple[str, ...], basis: Basis, phase: Phase = "run"
+) -> Callable[[Judge], Rule]:
+    """Make a rule of a function that takes a `History` and yields symptoms; it may raise `NotChecked`."""
+
+    def mark(judge: Judge) -> Rule:
+        return Rule(id, title, reads, basis, phase, judge, _doc(judge))
+
+    return mark
+
+
+def within(name: str, pattern: str) -> bool:
+    """Whether a dotted name matches a pattern, or stands inside something that does.
+
+    ``*`` stands for any text within one part of a name, ``**`` for any number of parts.
+    """
+    return pattern_of(f"{pattern}.**").fullmatch(name) is not None
+
+
+def pattern_of(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern over dotted names; see `within`."""
+    parts = re.split(r"(\*\*\.|\.\*\*|\*\*|\*)", pattern)
+    meaning = {"**.": r"(?:.*\.)?", ".**": r"(?:\..*)?", "**": ".*", "*": r"[^.]*"}
+    return re.compile("".join(meaning.get(part) or re.escape(part) for part in parts))
+
+
+def _doc(thing: Any) -> str:
+    return inspect.cleandoc(thing.__doc__ or "")
+
+
+@dataclass
+class Catalogue:
+    """All that was found: id to class, rule or cause, in the order in which it was found."""
+
+    faults: dict[str, type[Fault]] = field(default_factory=dict)
+    probes: dict[str, type[Probe]] = field(default_factory=dict)
+    plugins: dict[str, type[Plugin]] = field(default_factory=dict)
+    rules: dict[str, Rule] = field(default_factory=dict)
+    causes: dict[str, Cause] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    _home: dict[str, list[str]] = field(default_factory=dict)
+
+    def add_module(self, module: ModuleType, where: str) -> int:
+        """Add whatever is marked in `module`; return how many things that was.
+
+        Raises:
+            BadInput: An id is taken, or a class is marked but lacks the base class.
+        """
+        found = 0
+        for name, thing in vars(module).items():
+            if inspect.isclass(thing) and isinstance(vars(thing).get("info"), ProbeInfo):
+                self._home.setdefault(module.__name__, []).append(vars(thing)["info"].id)
+            if isinstance(thing, Rule):
+                found += self._add(self.rules, thing.id, thing, where)
+            elif isinstance(thing, Cause):
+                found += self._add(self.causes, thing.id, thing, where)
+            elif inspect.isclass(thing) and thing.__module__ == module.__name__ and "info" in vars(thing):
+                found += self._add_class(thing, f"{where}: class {name}")
+        return found
+
+    def beside(self, rule: Rule) -> list[str]:
+        """Return the ids of the probes in the module of a rule: when they cannot measure, it cannot judge."""
+        return self._home.get(rule.judge.__module__, [])
+
+    def _add_class(self, cls: type[Any], where: str) -> int:
+        info = cls.info
+        if isinstance(info, FaultInfo):
+            return self._add(self.faults, info.id, _subclass(cls, Fault, where), where)
+        if isinstance(info, ProbeInfo):
+            return self._add(self.probes, info.id, _subclass(cls, Probe, where), where)
+        return self._add(self.plugins, info.id, _subclass(cls, Plugin, where), where)
+
+    def _add(self, kind: dict[str, Any], id: str, thing: object, where: str) -> int:
+        if id in kind and kind[id] is not thing:
+            raise BadInput(f"{where}: the id {id!r} is taken by {_origin(kind[id])}; give this one another")
+        kind[id] = thing
+        return 1
+
+    def fault(self, id: str) -> type[Fault]:
+        """Return the fault with this id, or raise BadInput with the nearest."""
+        if id not in self.faults:
+            raise BadInput(f"no fault {id!r}{nearest(id, self.faults)}")
+        return self.faults[id]
+
+    def probe(self, id: str) -> type[Probe]:
+        """Return the probe with this id, or raise BadInput with the nearest."""
+        if id not in self.probes:
+            raise BadInput(f"no probe {id!r}{nearest(id, self.probes)}")
+        return self.probes[id]
+
+
+def _subclass(cls: type[Any], base: type[T], where: str) -> type[T]:
+    if not issubclass(cls, base):
+        raise BadInput(f"{where} is marked as a {base.__name__.lower()} but is not a lab.{base.__name__}")
+    return cls
+
+
+def _origin(thing: object) -> str:
+    return str(getattr(thing, "__module__", None) or type(thing).__name__)
+
+
+def parameters(cls: type[Fault]) -> dict[str, dataclasses.Field[Any]]:
+    """Return the parameters of a fault by name, `at` and `from_step` first."""
+    return {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

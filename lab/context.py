@@ -1,0 +1,234 @@
+"""What a hook is given: the run and the step."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lab.store import History, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch.optim import Optimizer
+
+    from lab.manager import Manager
+    from lab.sites import Mode, Sites
+
+Kind = Literal["histogram", "image"]
+IGNORED = -100  # the target that the loss leaves out, as in torch
+
+
+@dataclass
+class Batch:
+    """What the model is called with, and what it should answer.
+
+    Attributes:
+        args, kwargs: The call. The first tensor in it is the tokens [B T] of a language model.
+        targets: The tokens [B T] that it should predict, or None when they are not known.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    targets: Tensor | None = None
+
+    @property
+    def inputs(self) -> Tensor | None:
+        """The first tensor of the call."""
+        found = (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
+        return next(found, None)
+
+    def rows(self, count: int) -> Batch:
+        """Return the first rows of the batch, so that an experiment on it is cheap.
+
+        Only where the call is one tensor: of several, which have a batch dimension cannot be told from the shapes.
+        """
+        inputs = self.inputs
+        if inputs is None or self.kwargs or len(self.args) != 1 or inputs.dim() == 0 or len(inputs) <= count:
+            return self
+        targets = None
+        if self.targets is not None and self.targets.shape[:1] == inputs.shape[:1]:
+            targets = self.targets[:count]
+        return Batch((inputs[:count],), {}, targets)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A histogram's values [n] or an image [height width], on the host."""
+
+    kind: Kind
+    name: str
+    site: str
+    values: np.ndarray[Any, np.dtype[np.float64]]
+
+    @property
+    def title(self) -> str:
+        """The name and the site."""
+        return f"{self.name}/{self.site}" if self.site else self.name
+
+
+@dataclass
+class Step:
+    """One step of a run, and what is recorded in it.
+
+    Attributes:
+        index: From 0. In evaluation and generation, the training step at which it happens.
+        mode: What the step is for.
+        batch, logits, loss: What the actions of this step made.
+        grad_norm: The norm of all gradients before clipping.
+        lr: The learning rate.
+        examined: Whether experiments run at the end of this step.
+    """
+
+    index: int
+    mode: Mode = "train"
+    batch: Batch | None = None
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    grad_norm: Tensor | None = None
+    lr: float | None = None
+    examined: bool = False
+    _numbers: list[tuple[str, str, float]] = field(default_factory=list)
+    _scalars: list[tuple[str, str, Tensor]] = field(default_factory=list)
+    _vectors: list[tuple[str, Sequence[str], Tensor]] = field(default_factory=list)
+    _shown: list[tuple[Kind, str, str, Tensor]] = field(default_factory=list)
+
+    def record(self, metric: str, value: float | Tensor, site: str = "") -> None:
+        """Record a number: a Python one, or a tensor [] that stays on its device until the step ends."""
+        if isinstance(value, Tensor):
+            self._scalars.append((metric, site, value.detach()))
+        else:
+            self._numbers.append((metric, site, float(value)))
+
+    def record_all(self, metric: str, sites: Sequence[str], values: Tensor) -> None:
+        """Record one metric at n sites at once, from a tensor [n] that stays on its device until the step ends."""
+        if values.shape != (len(sites),):
+            raise ValueError(f"{metric}: {len(sites)} sites, but values of shape {tuple(values.shape)}")
+        self._vectors.append((metric, sites, values.detach()))
+
+    def show(self, kind: Kind, name: str, value: Tensor, site: str = "") -> None:
+        """Record values for a histogram, or an image [height width]; moved with the numbers when the step ends."""
+        self._shown.append((kind, name, site, value.detach()))
+
+    def flush(self) -> tuple[Row, list[Artifact]]:
+        """Move everything recorded to the host, in one transfer for each device, and forget it here."""
+        columns = [(metric, site) for metric, site, _ in self._numbers]
+        columns += [(metric, site) for metric, site, _ in self._scalars]
+        for metric, sites, _ in self._vectors:
+            columns += [(metric, site) for site in sites]
+        scalars = _stacked([value for _, _, value in self._scalars])
+        pieces = [*scalars, *(value for _, _, value in self._vectors), *(value for *_, value in self._shown)]
+        host = np.concatenate([np.array([v for _, _, v in self._numbers]), _to_host(pieces)])
+        count = len(columns)
+        artifacts, at = [], count
+        for kind, name, site, value in self._shown:
+            values = host[at : at + value.numel()].reshape(tuple(value.shape))
+            artifacts.append(Artifact(kind, name, site, values))
+            at += value.numel()
+        for kept in (self._numbers, self._scalars, self._vectors, self._shown):
+            kept.clear()  # type: ignore[attr-defined]
+        return Row(tuple(columns), host[:count].copy()), artifacts
+
+
+def _stacked(values: list[Tensor]) -> list[Tensor]:
+    """Stack scalars that share a device, in order: a few tensors rather than hundreds."""
+    if not values:
+        return []
+    if all(value.device == values[0].device for value in values):
+        return [torch.stack(values)]
+    return [value.reshape(1) for value in values]
+
+
+def _to_host(pieces: list[Tensor]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Flatten and join tensors, in order, and bring them to the host: one transfer for each device."""
+    out: list[Any] = [None] * len(pieces)
+    for device in dict.fromkeys(piece.device for piece in pieces):
+        index = [i for i, piece in enumerate(pieces) if piece.device == device]
+        joined = torch.cat([pieces[i].reshape(-1).to(torch.float64) for i in index]).cpu().numpy()
+        splits = np.cumsum([pieces[i].numel() for i in index])[:-1]
+        for i, part in zip(index, np.split(joined, splits), strict=True):
+            out[i] = part
+    return np.concatenate(out) if out else np.empty(0)
+
+
+@dataclass
+class Run:
+    """One execution, as every hook sees it.
+
+    Attributes:
+        folder: Where it is kept.
+        plugins: What takes part in it.
+        seed: The seed of weights, data and everything else.
+        steps: How many training steps it is to have; None when nobody knows.
+        device: Where the model lives.
+        config: The scenario, in the lab's own runtime; None on training that the lab did not write.
+        model, optimizer, data: What the build actions made.
+        sites: The named tensors of the model.
+        history: What has been recorded, on the host.
+        step: The current step.
+        cleanup: Undone when the run ends, in reverse; a fault pushes its own undoing here.
+    """
+
+    folder: Path
+    plugins: Manager
+    seed: int = 0
+    steps: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    config: Any = None
+    history: History = field(default_factory=History)
+    step: Step = field(default_factory=lambda: Step(0))
+    cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    model: nn.Module = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    data: Any = field(init=False, default=None)
+    sites: Sites = field(init=False)
+    parameters: dict[str, nn.Parameter] = field(init=False)
+
+    @property
+    def hook(self) -> Any:
+        """The hooks, to be called: ``run.hook.lab_forward(run=run, step=step)``."""
+        return self.plugins.hook
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, sites: Sites) -> None:
+        """Take a model and what trains it."""
+        self.model, self.optimizer, self.sites = model, optimizer, sites
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    @property
+    def held(self) -> set[int]:
+        """The ids of the parameters that the optimiser holds."""
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+
+    def call(self, batch: Batch) -> Tensor:
+        """Call the model as training does; return the first floating-point tensor that it answers.
+
+        Raises:
+            TypeError: It answers none.
+        """
+        return first_tensor(self.model(*batch.args, **batch.kwargs))
+
+
+def first_tensor(answer: Any) -> Tensor:
+    """Return the floating-point tensor that a module's answer is about: itself, its ``logits``, or the first inside.
+
+    Raises:
+        TypeError: There is none.
+    """
+    if isinstance(answer, Tensor) and answer.is_floating_point():
+        return answer
+    named = getattr(answer, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    if isinstance(answer, dict):
+        answer = list(answer.values())
+    if isinstance(answer, (tuple, list)):
+        for part in answer:
+            with contextlib.suppress(TypeError):
+                return first_tensor(part)
+    raise TypeError(f"no floating-point tensor in a {type(answer).__name__}")

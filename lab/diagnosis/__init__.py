@@ -1,0 +1,1 @@
+"""From metrics to symptoms, from symptoms to causes. Knows no probe and no fault by name."""

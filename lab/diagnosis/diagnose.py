@@ -1,0 +1,185 @@
+"""From a run's history to a diagnosis: rules find symptoms, causes explain them.
+
+Only the history is read: what a real run shows. The scenario, the twin and the injector are not within reach here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lab.diagnosis.model import Cause, Diagnosis, Finding, Symptom, Verdict
+from lab.errors import NotChecked, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lab.catalogue import Catalogue, Rule
+    from lab.store import History
+
+EVIDENCE_SHOWN = 6
+
+
+def diagnose(history: History, catalogue: Catalogue) -> Diagnosis:
+    """Judge a run by every rule, and explain what they find."""
+    symptoms, checked, not_checked = judge(history, catalogue)
+    findings, unexplained = explain(symptoms, catalogue.causes.values())
+    unseen = _unseen(history)
+    if unseen:
+        not_checked["the rest of the run"] = unseen
+    return Diagnosis(
+        verdict=_verdict(symptoms, checked, history, complete=not unseen),
+        causes=tuple(findings),
+        symptoms=tuple(symptoms),
+        unexplained=tuple(unexplained),
+        checked=checked,
+        not_checked=not_checked,
+    )
+
+
+def _unseen(history: History) -> str:
+    """Say what part of the run was not seen; empty when it ended."""
+    if "ended" in history.facts:
+        return ""
+    planned = history.facts.get("steps")
+    of = f" of {planned}" if planned else ""
+    return f"it stopped before its end; {history.last_step + 1}{of} steps were seen"
+
+
+def _verdict(symptoms: list[Symptom], checked: dict[str, str], history: History, *, complete: bool) -> Verdict:
+    if symptoms:
+        return "faulty"
+    set_aside = history.facts.get("set_aside")
+    return "healthy" if checked and complete and not set_aside else "inconclusive"
+
+
+# ---------------------------------------------------------------- symptoms
+
+
+def judge(history: History, catalogue: Catalogue) -> tuple[list[Symptom], dict[str, str], dict[str, str]]:
+    """Apply every rule. Return the symptoms, most upstream first; what was checked; what was not, and why."""
+    symptoms: list[Symptom] = []
+    checked: dict[str, str] = {}
+    not_checked: dict[str, str] = {}
+    for rule in catalogue.rules.values():
+        found, reason = _apply(rule, history, catalogue.beside(rule))
+        symptoms += found
+        if reason:
+            not_checked[rule.id] = reason
+        else:
+            checked[rule.id] = rule.title
+    return sorted(symptoms, key=lambda s: s.when), checked, not_checked
+
+
+def _apply(rule: Rule, history: History, probes: Sequence[str]) -> tuple[list[Symptom], str]:
+    """Apply one rule; return its symptoms, and why it could not judge (empty when it could)."""
+    reasons = [f"{name}: {history.reasons[name]}" for name in probes if name in history.reasons]
+    missing = [metric for metric in rule.reads if not history.sites(metric)]
+    if missing:
+        return [], "; ".join(reasons) or f"nothing recorded {missing[0]}"
+    try:
+        found = [_complete(symptom, rule, history) for symptom in rule.judge(history)]
+    except NotChecked as reason:
+        return [], str(reason)
+    except Exception as error:  # noqa: BLE001 - a stranger's rule may raise anything; the others still count
+        return [], f"the rule raised {one_line(error)}"
+    return found, "" if found else "; ".join(reasons)
+
+
+def _complete(symptom: Symptom, rule: Rule, history: History) -> Symptom:
+    return dataclasses.replace(
+        symptom, id=rule.id, basis=rule.basis, phase=rule.phase, order=_order(symptom.at, history.order)
+    )
+
+
+def _order(at: str, order: dict[str, int]) -> int:
+    """Return the place of a site, a module or a parameter in the forward pass; the run as a whole comes before all."""
+    if not at:
+        return -1
+    names = (at, f"{at}.out", f"{at.rpartition('.')[0]}.out")
+    return next((order[name] for name in names if name in order), len(order))
+
+
+# ---------------------------------------------------------------- causes
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    cause: Cause
+    anchor: Symptom
+    explains: tuple[Symptom, ...]
+
+    @property
+    def weight(self) -> float:
+        return sum(symptom.weight for symptom in self.explains)
+
+
+def explain(symptoms: Sequence[Symptom], causes: Iterable[Cause]) -> tuple[list[Finding], list[Symptom]]:
+    """Explain symptoms by as few causes as will do; return the causes, best first, and what stays unexplained.
+
+    The cause that explains the most evidence is taken first, then the one that explains most of what is left. Of
+    equals, the one that demands more comes first, then the more upstream one. A cause that explains nothing new is
+    not named: a symptom downstream of an explained site does not call for a second explanation.
+    """
+    remaining = list(symptoms)
+    total = sum(symptom.weight for symptom in symptoms)
+    causes = list(causes)
+    findings: list[Finding] = []
+    while remaining:
+        candidates = [c for cause in causes if (c := _candidate(cause, remaining, symptoms)) is not None]
+        if not candidates:
+            break
+        best = min(candidates, key=lambda c: (-c.weight, -len(c.cause.must), c.anchor.when, c.cause.id))
+        findings.append(_finding(best, symptoms, total))
+        remaining = [symptom for symptom in remaining if symptom not in best.explains]
+        causes.remove(best.cause)
+    return findings, remaining
+
+
+def _candidate(cause: Cause, remaining: Sequence[Symptom], symptoms: Sequence[Symptom]) -> _Candidate | None:
+    """Return what a cause would explain, or None when it lacks a symptom that it demands or is refuted."""
+    if not all(_of(symptoms, (pattern,)) for pattern in cause.must) or _of(symptoms, cause.cannot):
+        return None
+    anchors = _of(remaining, cause.must[:1])
+    if not anchors:
+        return None
+    anchor = min(anchors, key=lambda s: s.when)
+    downstream = [s for s in _of(remaining, (*cause.must, *cause.may, *cause.locate)) if s.when >= anchor.when]
+    required = [s for s in _of(remaining, cause.must) if s not in downstream]
+    return _Candidate(cause, anchor, (*downstream, *required))
+
+
+def _of(symptoms: Iterable[Symptom], patterns: Sequence[str]) -> list[Symptom]:
+    """Return the symptoms whose id is one of `patterns`, where ``*`` stands for any text."""
+    tests = [re.compile(re.escape(pattern).replace(r"\*", ".*")) for pattern in patterns]
+    return [symptom for symptom in symptoms if any(test.fullmatch(symptom.id) for test in tests)]
+
+
+def _finding(candidate: _Candidate, symptoms: Sequence[Symptom], total: float) -> Finding:
+    cause, anchor = candidate.cause, candidate.anchor
+    blamed = anchor
+    for pattern in cause.locate:
+        places = [s for s in _of(symptoms, (pattern,)) if s.at]
+        if places:
+            blamed = min(places, key=lambda s: s.when)
+            break
+    same = [s.at for s in _of(candidate.explains, (blamed.id,)) if s.at and s.at != blamed.at]
+    at = blamed.at or cause.place
+    shown = sorted(candidate.explains, key=lambda s: (-s.weight, s.when))[:EVIDENCE_SHOWN]
+    texts = [s.text for s in shown]
+    if len(candidate.explains) > len(shown):
+        texts.append(f"and {len(candidate.explains) - len(shown)} more symptoms downstream of these")
+    return Finding(
+        id=cause.id,
+        title=cause.title,
+        at=at.rpartition(".")[0] if cause.module and "." in at else at,
+        since_step=anchor.since,
+        score=round(candidate.weight / total, 3),
+        evidence=tuple(texts),
+        repair=cause.repair,
+        refute=cause.refute,
+        look=cause.look,
+        also_at=tuple(dict.fromkeys(same)),
+    )

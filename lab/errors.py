@@ -1,0 +1,43 @@
+"""The errors that the lab raises on purpose, and how it helps with a misspelt name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class LabError(Exception):
+    """Any error that the lab raises on purpose. Its text is one line, written for the person at the keyboard."""
+
+
+class BadInput(LabError):
+    """What a person gave cannot be used. The text says what, where, and what would be right."""
+
+
+class FaultFailed(LabError):
+    """A fault raised. The run ends, since a run that is half broken shows nothing."""
+
+
+class NotChecked(Exception):  # noqa: N818 - an answer rather than an error
+    """Raised by a rule or an examination that cannot judge; its text is the reason that the verdict lists."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the known word nearest to `word`, or all of them when they are few."""
+    words = sorted(set(known))
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if not words:
+        return "; there are none"
+    shown = ", ".join(words[:12])
+    return f"; known: {shown}" + (", ..." if len(words) > 12 else "")
+
+
+def one_line(error: BaseException) -> str:
+    """Say an exception in one line: its type and the first line of its text."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,316 @@
+"""Finds, orders and guards plugins.
+
+Ordering follows from what a plugin is, never from when it was registered: a fault acts closest to the core, so that
+a probe or a profiler sees what the fault left behind, and the core's own answer comes last.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import tomllib
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import pluggy
+
+from lab import hookspecs
+from lab.catalogue import Catalogue, Fault, Plugin, Probe
+from lab.errors import BadInput, FaultFailed, LabError, NotChecked, nearest, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+    from types import ModuleType
+
+    from lab.context import Run
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+GROUP = "lab"
+HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("lab_"))
+
+
+# ---------------------------------------------------------------- finding
+
+
+def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Catalogue:
+    """Load every plugin: entry points, those that ``lab.toml`` in `folder` names, and `files`.
+
+    A package that is installed and broken is listed in ``catalogue.broken``: it must not keep the lab from
+    starting. A file that was asked for by name must load.
+
+    Raises:
+        BadInput: A named file or module cannot be used.
+    """
+    catalogue = Catalogue()
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            for module in _family(importlib.import_module(point.module)):
+                catalogue.add_module(module, module.__name__)
+        except Exception as error:  # noqa: BLE001 - a stranger's package may raise anything
+            catalogue.broken[f"{point.name} ({point.value})"] = one_line(error)
+    for name in [*_from_toml(folder or Path()), *map(str, files)]:
+        _add_named(catalogue, name)
+    return catalogue
+
+
+def _family(module: ModuleType) -> list[ModuleType]:
+    """Return the module; of a package, each module in it."""
+    if not hasattr(module, "__path__"):
+        return [module]
+    names = sorted(info.name for info in pkgutil.iter_modules(module.__path__))
+    return [importlib.import_module(f"{module.__name__}.{name}") for name in names]
+
+
+def _from_toml(folder: Path) -> list[str]:
+    """Return what the key ``plugins`` of ``lab.toml`` lists, file names made relative to `folder`."""
+    path = folder / "lab.toml"
+    if not path.is_file():
+        return []
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"{path}: not TOML that can be read: {error}") from None
+    unknown = sorted(set(settings) - {"plugins"})
+    if unknown:
+        raise BadInput(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], ['plugins'])}")
+    names = settings.get("plugins", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"{path}: plugins: found {names!r}; it must be a list of file or module names")
+    return [str(folder / name) if name.endswith(".py") else name for name in names]
+
+
+def _add_named(catalogue: Catalogue, name: str) -> None:
+    path = Path(name)
+    if name.endswith(".py") or path.exists():
+        module = _load_file(path)
+    else:
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:
+            raise BadInput(f"plugin {name}: {one_line(error)}; give a .py file or a module that imports") from None
+    for part in _family(module):
+        _check_hooks_of_module(part, name)
+        if not catalogue.add_module(part, name):
+            raise BadInput(f"plugin {name}: nothing in it is marked with @lab.fault, @lab.probe, @lab.plugin or @lab.rule")
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise BadInput(f"plugin {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"lab_plugin_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"plugin {path}: not a Python file; its name should end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BadInput:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BadInput(f"plugin {path}{_line_in(error, path)}: raised when loaded: {one_line(error)}") from None
+    return module
+
+
+def _line_in(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f" line {error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    return f" line {lines[-1]}" if lines else ""
+
+
+def _check_hooks_of_module(module: ModuleType, where: str) -> None:
+    for name, thing in vars(module).items():
+        if inspect.isclass(thing) and thing.__module__ == module.__name__ and issubclass(thing, Plugin):
+            check_hooks(thing, f"plugin {where}: class {name}")
+
+
+def check_hooks(cls: type, where: str) -> None:
+    """Refuse a method named ``lab_...`` that is no hook, or that takes an argument that the hook does not have.
+
+    Raises:
+        BadInput: It names the nearest hook or argument.
+    """
+    for name in dir(cls):
+        if not name.startswith("lab_"):
+            continue
+        if name not in HOOKS:
+            raise BadInput(f"{where}: no hook {name!r}{nearest(name, HOOKS)}")
+        known = set(inspect.signature(getattr(hookspecs, name)).parameters)
+        for argument in list(inspect.signature(getattr(cls, name)).parameters)[1:]:
+            if argument not in known:
+                raise BadInput(f"{where}: {name} has no argument {argument!r}{nearest(argument, known)}")
+
+
+# ---------------------------------------------------------------- ordering and guarding
+
+
+class Manager(pluggy.PluginManager):
+    """The plugins of one run. Methods named ``lab_...`` are hooks, without a decorator; a generator wraps.
+
+    Attributes:
+        set_aside: Id of each probe or tool that raised, and the traceback.
+        reasons: The same, in one line.
+        declined: Id of each examination that said it cannot judge here, and why.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("lab")
+        self.add_hookspecs(hookspecs)
+        self.set_aside: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        self.declined: dict[str, str] = {}
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """Take any method named ``lab_...`` for a hook, ordered by what the plugin is."""
+        method = getattr(plugin, name) if name.startswith("lab_") else None
+        if method is None or not callable(method):
+            return None
+        wrapper = inspect.isgeneratorfunction(method)
+        is_fault, is_core = isinstance(plugin, Fault), not isinstance(plugin, Plugin)
+        # pluggy calls what is `tryfirst` first; a wrapper called first is the outermost.
+        return {
+            "wrapper": wrapper,
+            "hookwrapper": False,
+            "optionalhook": False,
+            "tryfirst": is_fault != wrapper and not is_core,
+            "trylast": is_core or (is_fault and wrapper),
+            "specname": None,
+        }
+
+    def add(self, plugin: object) -> None:
+        """Register a plugin for this run and guard its hooks.
+
+        Raises:
+            BadInput: It has a misspelt hook or argument.
+        """
+        check_hooks(type(plugin), f"plugin {plugin_id(plugin)}")
+        self.register(plugin)
+        if not isinstance(plugin, Plugin):
+            return
+        guard = self._named if isinstance(plugin, Fault) else self._set_aside_on_error
+        for caller in self.get_hookcallers(plugin) or ():
+            for impl in caller.get_hookimpls():
+                if impl.plugin is plugin:
+                    impl.function = guard(plugin, impl.function)
+
+    def guard(self, plugin: Probe, function: Callable[P, None]) -> Callable[P, None]:
+        """Wrap a function of a probe: if it raises, the probe is set aside and the run goes on."""
+
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+            if plugin_id(plugin) in self.set_aside:
+                return
+            try:
+                function(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - a stranger's probe may raise anything
+                self.put_aside(plugin, error)
+
+        return guarded
+
+    def put_aside(self, plugin: object, error: BaseException) -> None:
+        """Take a plugin out of the run, and keep its traceback."""
+        name = plugin_id(plugin)
+        self.set_aside.setdefault(name, "".join(traceback.format_exception(error)))
+        self.reasons.setdefault(name, one_line(error))
+
+    def _set_aside_on_error(self, plugin: Plugin, function: Callable[..., Any]) -> Callable[..., Any]:
+        name = plugin_id(plugin)
+
+        def listen(*args: Any) -> Any:
+            if name in self.set_aside:
+                return None
+            try:
+                answer = function(*args)
+            except NotChecked as reason:
+                self.declined[name] = str(reason)
+                return None
+            except Exception as error:  # noqa: BLE001
+                self.put_aside(plugin, error)
+                return None
+            self.declined.pop(name, None)
+            return None if isinstance(plugin, Probe) else answer  # a probe changes nothing
+
+        def wrap(*args: Any) -> Generator[Any, Any, Any]:
+            if name in self.set_aside:
+                return (yield)
+            inside = function(*args)
+            try:
+                next(inside)
+            except Exception as error:  # noqa: BLE001
+                self.put_aside(plugin, error)
+                return (yield)
+            try:
+                answer = yield
+            except BaseException as error:
+                self._close(plugin, lambda: inside.throw(error), error)
+                raise
+            self._close(plugin, lambda: inside.send(answer), None)
+            return answer  # whatever a watcher answers, the run keeps its own
+
+        return wrap if inspect.isgeneratorfunction(function) else listen
+
+    def _close(self, plugin: Plugin, resume: Callable[[], Any], expected: BaseException | None) -> None:
+        """Let a watching wrapper finish; what it raises of its own sets it aside."""
+        try:
+            resume()
+        except StopIteration:
+            return
+        except Exception as error:  # noqa: BLE001
+            if error is not expected:
+                self.put_aside(plugin, error)
+        else:
+            self.put_aside(plugin, RuntimeError("a hook that wraps must yield once"))
+
+    def _named(self, plugin: Plugin, function: Callable[..., Any]) -> Callable[..., Any]:
+        def failed(error: Exception) -> FaultFailed:
+            return FaultFailed(f"the fault {plugin_id(plugin)} raised {one_line(error)}")
+
+        def act(*args: Any) -> Any:
+            try:
+                return function(*args)
+            except LabError:
+                raise
+            except Exception as error:
+                raise failed(error) from error
+
+        def wrap(*args: Any) -> Generator[Any, Any, Any]:
+            inside = function(*args)
+            received: BaseException | None = None
+            try:
+                next(inside)
+                try:
+                    answer = yield
+                except BaseException as error:
+                    received = error
+                    inside.throw(error)
+                else:
+                    inside.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            except LabError:
+                raise
+            except Exception as error:
+                if error is received:
+                    raise
+                raise failed(error) from error
+            raise FaultFailed(f"the fault {plugin_id(plugin)} must yield once where it wraps a hook")
+
+        return wrap if inspect.isgeneratorfunction(function) else act
+
+    def event(self, name: str, run: Run, **arguments: Any) -> None:
+        """Fire an event."""
+        getattr(self.hook, name)(run=run, **arguments)
+
+
+def plugin_id(plugin: object) -> str:
+    """Return the id under which a plugin is listed, or the name of its class."""
+    info = getattr(plugin, "info", None)
+    return info.id if info is not None else type(plugin).__name__

@@ -1,0 +1,1 @@
+"""Project 7: see component.py."""

@@ -1,0 +1,45 @@
+"""Project 7: scaled dot-product attention with a causal mask (Vaswani et al., 2017, section 3.2.1)."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lab.sites import Component
+
+
+class Attention(Component):
+    """``softmax(q k^T / sqrt(D) + mask) v``, where position t sees the positions s <= t.
+
+    Two paths, equal within float tolerance. The fused kernel never holds the T x S scores in memory. The explicit
+    path is taken where a fault replaces what is inside. A probe that reads what is inside has it computed aside,
+    without gradient, for the first row of the batch; the training's own path stays the same.
+    """
+
+    SITES = MappingProxyType({"mask": "T S", "scores": "B H T S", "pattern": "B H T S"})
+    transparent = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each [B H T D] -> [B H T D]
+        """Attend."""
+        if self.replaced(*self.SITES):
+            return self.explicit(q, k, v)
+        if self.wanted(*self.SITES):
+            with torch.no_grad():
+                self.explicit(q[:1].detach(), k[:1].detach(), v[:1].detach())
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def explicit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each [B H T D] -> [B H T D]
+        """The formula, step by step. A row that may see nothing gives 0 rather than NaN."""
+        t, s = q.shape[-2], k.shape[-2]
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)  # [T S], True where it may look
+        mask = self.tap("mask", mask)
+        scores = self.tap("scores", q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5)  # [B H T S]
+        hidden = scores.masked_fill(~mask, float("-inf"))  # [B H T S]
+        top = hidden.amax(dim=-1, keepdim=True).detach().clamp_min(torch.finfo(scores.dtype).min)  # [B H T 1]
+        weights = (hidden - top).exp()  # [B H T S]
+        total = weights.sum(dim=-1, keepdim=True)  # [B H T 1]
+        pattern = self.tap("pattern", weights / total.clamp_min(torch.finfo(scores.dtype).tiny))  # [B H T S]
+        return pattern @ v  # [B H T D]

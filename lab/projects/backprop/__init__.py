@@ -1,0 +1,1 @@
+"""Project 4: see component.py."""

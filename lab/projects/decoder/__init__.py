@@ -1,0 +1,1 @@
+"""Project 10: see component.py."""

@@ -1,0 +1,1 @@
+"""Project 3: see component.py."""

@@ -1,0 +1,1 @@
+"""Project 8: see component.py."""

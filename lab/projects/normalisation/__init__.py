@@ -1,0 +1,1 @@
+"""Project 12: see component.py."""

@@ -1,0 +1,1 @@
+"""Project 11: see component.py."""

@@ -1,0 +1,1 @@
+"""Project 13: see component.py."""

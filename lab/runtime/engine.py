@@ -1,0 +1,188 @@
+"""The core's own answer to every action: build, train, evaluate, generate. A plugin like any other, and the last.
+
+Only the order of the calls stands here; the mathematics is in ``lab.projects``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lab.context import Batch, Run, Step
+from lab.projects.backprop.component import AdamW, clip_gradients, learning_rate
+from lab.projects.decoder.component import Decoder
+from lab.projects.losses.component import cross_entropy
+from lab.runtime.data import Source, make_source
+from lab.sites import sites_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lab.diagnosis.model import Diagnosis
+    from lab.scenario import Scenario
+    from lab.session import Session
+
+HELD_OUT_BATCHES = 4
+SAMPLE_LENGTH = 80
+
+
+class Engine:
+    """Runs a scenario, watched by a session."""
+
+    def __init__(self, scenario: Scenario, session: Session) -> None:
+        self.scenario = scenario
+        self.session = session
+
+    # ---------------------------------------------------------------- scopes
+
+    def lab_run(self, run: Run) -> Diagnosis:
+        """Build, train, evaluate, generate, diagnose."""
+        torch.manual_seed(run.seed)
+        run.data = run.hook.lab_build_data(run=run)
+        run.model = run.hook.lab_build_model(run=run).to(run.device)
+        sites = sites_of(run.model)
+        sites.output = "head.out"
+        run.attach(run.model, run.hook.lab_build_optimizer(run=run), sites)
+        self.session.start()
+        last = self.scenario.steps - 1
+        for index in range(self.scenario.steps):
+            step = Step(index)
+            self.session.begin_step(step)
+            run.hook.lab_step(run=run, step=step)
+            if index == last or (self._evaluate_every and (index + 1) % self._evaluate_every == 0):
+                run.hook.lab_evaluate(run=run, step=Step(index, mode="evaluate"))
+            self.session.end_step(step)
+        self._sample(run, Step(last, mode="generate"))
+        return self.session.finish()
+
+    @property
+    def _evaluate_every(self) -> int:
+        return self.scenario.train.evaluate_every
+
+    def lab_step(self, run: Run, step: Step) -> bool:
+        """One training step."""
+        hook = run.hook
+        hook.lab_zero_grad(run=run, step=step)
+        step.batch = hook.lab_batch(run=run, step=step)
+        step.logits = hook.lab_forward(run=run, step=step)
+        step.loss = hook.lab_loss(run=run, step=step)
+        hook.lab_backward(run=run, step=step)
+        step.grad_norm = hook.lab_clip(run=run, step=step)
+        step.lr = hook.lab_schedule(run=run, step=step)
+        self.session.before_update(step)
+        hook.lab_update(run=run, step=step)
+        return True
+
+    @torch.no_grad()
+    def lab_evaluate(self, run: Run) -> Tensor:
+        """The mean loss over a few held-out batches, in evaluation mode."""
+        training = run.model.training
+        run.model.eval()
+        losses = []
+        with run.sites.running("evaluate"):
+            for i in range(HELD_OUT_BATCHES):
+                part = Step(i, mode="evaluate")
+                part.batch = run.hook.lab_batch(run=run, step=part)
+                part.logits = run.hook.lab_forward(run=run, step=part)
+                losses.append(run.hook.lab_loss(run=run, step=part))
+        run.model.train(training)
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def lab_generate(self, run: Run, step: Step, prompt: Tensor, length: int) -> Tensor:
+        """Sample token by token, from as much of the past as the context holds."""
+        training = run.model.training
+        run.model.eval()
+        tokens = prompt
+        with run.sites.running("generate"):
+            for _ in range(length):
+                step.batch = Batch((tokens[:, -self.scenario.model.context :],))
+                step.logits = run.hook.lab_forward(run=run, step=step)
+                tokens = torch.cat([tokens, run.hook.lab_next_token(run=run, step=step)], dim=1)  # [B T+1]
+        run.model.train(training)
+        return tokens
+
+    def _sample(self, run: Run, step: Step) -> None:
+        """Let the trained model write a little, as a reader's own check."""
+        start = run.hook.lab_batch(run=run, step=Step(0, mode="evaluate")).inputs[:1, :8]  # [1 8]
+        tokens = run.hook.lab_generate(run=run, step=step, prompt=start, length=SAMPLE_LENGTH)
+        self.session.fact("sample", run.data.decode(tokens[0].tolist()))
+
+    # ---------------------------------------------------------------- actions
+
+    def lab_build_data(self, run: Run) -> Source:
+        """The source that the scenario names."""
+        return make_source(self.scenario.data, self.scenario.model.context, run.seed)
+
+    def lab_build_model(self, run: Run) -> nn.Module:
+        """A decoder of the scenario's size."""
+        m = self.scenario.model
+        return Decoder(
+            run.data.vocabulary, context=m.context, layers=m.layers, width=m.width, heads=m.heads, tied=m.tied
+        )
+
+    def lab_build_optimizer(self, run: Run) -> Optimizer:
+        """AdamW, with decay on matrices only: a norm's gain or a bias has nothing to be decayed to."""
+        params = [p for p in run.model.parameters() if p.requires_grad]
+        matrices = [p for p in params if p.dim() >= 2]
+        vectors = [p for p in params if p.dim() < 2]
+        t = self.scenario.train
+        groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return AdamW(groups, lr=t.lr)
+
+    def lab_zero_grad(self, run: Run) -> bool:
+        """Drop the gradients of the step before."""
+        run.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def lab_batch(self, run: Run, step: Step) -> Batch:
+        """The batch of this step, moved to the device."""
+        batch: Batch = run.data.batch(step.index, "train" if step.mode == "train" else "held-out")
+        args = tuple(a.to(run.device, non_blocking=True) for a in batch.args)
+        targets = None if batch.targets is None else batch.targets.to(run.device, non_blocking=True)
+        return Batch(args, targets=targets)
+
+    def lab_forward(self, run: Run, step: Step) -> Tensor:
+        """Call the model."""
+        assert step.batch is not None
+        return run.call(step.batch)
+
+    def lab_loss(self, step: Step) -> Tensor:
+        """Cross-entropy, in nats a token."""
+        assert step.logits is not None
+        assert step.batch is not None
+        assert step.batch.targets is not None
+        return cross_entropy(step.logits, step.batch.targets)
+
+    def lab_backward(self, step: Step) -> bool:
+        """Propagate backward."""
+        assert step.loss is not None
+        step.loss.backward()  # type: ignore[no-untyped-call]
+        return True
+
+    def lab_clip(self, run: Run) -> Tensor:
+        """Clip by the joint norm."""
+        return clip_gradients(run.parameters.values(), self.scenario.train.clip)
+
+    def lab_schedule(self, run: Run, step: Step) -> float:
+        """Warmup, then a cosine."""
+        t = self.scenario.train
+        rate = learning_rate(step.index, peak=t.lr, warmup=t.warmup, total=self.scenario.steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def lab_update(self, run: Run) -> bool:
+        """Let the optimiser step."""
+        run.optimizer.step()
+        return True
+
+    def lab_next_token(self, run: Run, step: Step) -> Tensor:
+        """Sample from the softmax of the last logits, by a generator of the run's seed."""
+        assert step.logits is not None
+        last = step.logits[:, -1].float()  # [B V]
+        probabilities = torch.softmax(torch.nan_to_num(last), dim=-1).cpu()
+        draw = torch.Generator().manual_seed(run.seed * 1_000_003 + step.batch.inputs.shape[1])  # type: ignore[union-attr]
+        return torch.multinomial(probabilities, 1, generator=draw).to(last.device)

@@ -1,0 +1,243 @@
+"""Runs a scenario and its healthy twin, and compares both with what the file expects."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pluggy
+import tomli_w
+import torch
+
+import lab
+from lab.catalogue import Catalogue, Fault, Plugin
+from lab.context import Run
+from lab.errors import BadInput
+from lab.manager import Manager
+from lab.runtime.engine import Engine
+from lab.scenario import CheckSection, Scenario, check_names, holds, make_faults
+from lab.session import METRICS, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lab.diagnosis.model import Diagnosis
+    from lab.store import History
+
+TWIN = "twin"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A metric that was checked: what a scenario asked for, what was seen, and whether that is as it should be."""
+
+    metric: str
+    at: str
+    is_: str
+    on: str
+    value: float | None
+    twin_value: float | None
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give this as JSON types."""
+        names = {"metric": self.metric, "at": self.at, "is": self.is_, "on": self.on}
+        return {**names, "value": self.value, "twin_value": self.twin_value, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A scenario that was run."""
+
+    folder: Path
+    scenario_id: str
+    scenario: Scenario
+    diagnosis: Diagnosis
+    checks: tuple[Check, ...]
+    as_expected: bool
+    differences: tuple[str, ...]
+    seconds: float
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give this as JSON types: the object that ``lab run --json`` prints."""
+        return {
+            "run": str(self.folder),
+            "scenario": self.scenario_id,
+            **self.diagnosis.to_dict(),
+            "checks": [check.to_dict() for check in self.checks],
+            "as_expected": self.as_expected,
+            "differences": list(self.differences),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def run_scenario(
+    scenario_id: str,
+    scenario: Scenario,
+    catalogue: Catalogue,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    twin: bool = True,
+    tools: Callable[[], list[Plugin]] = list,
+) -> Outcome:
+    """Run a scenario in `folder`, then its healthy twin: the same file and seed without the faults.
+
+    Args:
+        scenario_id: What the run is called.
+        scenario: The file, read.
+        catalogue: Where faults, probes, rules and causes are found.
+        folder: Where to keep the run. It must not hold one already.
+        device: Any that torch knows.
+        twin: Whether to run the twin too, where there are faults.
+        tools: Makes the links to other tools, anew for each of the two.
+
+    Raises:
+        BadInput: Something that the scenario names is not there.
+        FaultFailed: A fault raised.
+    """
+    begun = time.monotonic()
+    check_names(scenario, catalogue, scenario_id)
+    faults = make_faults(scenario, catalogue, scenario_id)
+    place = find_device(device)
+    diagnosis, history = run_once(scenario_id, scenario, catalogue, folder, faults, place, tools())
+    twin_history = None
+    if faults and twin:
+        twin_scenario = scenario.model_copy(update={"fault": []})
+        _, twin_history = run_once(f"{scenario_id} (twin)", twin_scenario, catalogue, folder / TWIN, [], place, tools())
+    checks = tuple(_check(section, history, twin_history, broken=bool(faults)) for section in scenario.check)
+    differences = tuple(_differences(scenario, diagnosis, checks))
+    seconds = time.monotonic() - begun
+    facts = dict(history.facts)
+    return Outcome(folder, scenario_id, scenario, diagnosis, checks, not differences, differences, seconds, facts)
+
+
+def run_once(
+    name: str,
+    scenario: Scenario,
+    catalogue: Catalogue,
+    folder: Path,
+    faults: list[Fault],
+    device: torch.device,
+    tools: list[Plugin],
+) -> tuple[Diagnosis, History]:
+    """Run one training, watched; see `run_scenario`."""
+    new_folder(folder)
+    write_run_file(folder, name, scenario.model_dump(by_alias=True, exclude_none=True), scenario.seed)
+    manager = Manager()
+    run = Run(folder, manager, seed=scenario.seed, steps=scenario.steps, device=device, config=scenario)
+    session = Session(run, catalogue)
+    chosen = catalogue.probes if scenario.probes is None else {p: catalogue.probes[p] for p in scenario.probes}
+    try:
+        for plugin in (Engine(scenario, session), *tools, *faults, *(probe() for probe in chosen.values())):
+            manager.add(plugin)
+        diagnosis: Diagnosis = run.hook.lab_run(run=run)
+    except BaseException as error:
+        manager.event("lab_error", run, error=error)
+        raise
+    finally:
+        session.close()
+    return diagnosis, run.history
+
+
+def new_folder(folder: Path) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        BadInput: It holds a run already, or cannot be made.
+    """
+    if (folder / METRICS).exists():
+        raise BadInput(f"{folder}: holds a run already; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS).touch()
+        (folder / METRICS).unlink()
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot hold a run: {error.strerror}") from None
+
+
+def write_run_file(folder: Path, name: str, scenario: dict[str, Any], seed: int) -> None:
+    """Write what the run is, and on what it ran."""
+    about = {
+        "run": {"scenario": name, "seed": seed, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
+        "versions": {
+            "breaklab": lab.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pluggy": pluggy.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads()},
+        "scenario": scenario,
+    }
+    (folder / "run.toml").write_text(tomli_w.dumps(about), encoding="utf-8")
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device, after having used it once.
+
+    Raises:
+        BadInput: torch does not know it, or this machine does not have it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise BadInput(f"--device {name}: not a device that can be used here ({text}); cpu always can") from None
+    return device
+
+
+# ---------------------------------------------------------------- what was expected
+
+
+def _value(section: CheckSection, history: History | None) -> float | None:
+    if history is None:
+        return None
+    values = history.series(section.metric, section.at).values
+    if not len(values):
+        return None
+    take = {"last": lambda: values[-1], "first": lambda: values[0], "max": values.max, "min": values.min,
+            "mean": values.mean}
+    return float(take[section.take]())
+
+
+def _check(section: CheckSection, history: History, twin: History | None, *, broken: bool) -> Check:
+    """Check a metric. Where there is a twin, it must show the opposite (or the same, ``on = "both"``)."""
+    value, twin_value = _value(section, history), _value(section, twin)
+    held = value is not None and holds(section.is_, value)
+    held_by_twin = twin_value is not None and holds(section.is_, twin_value)
+    if not broken:
+        passed = held
+    elif section.on == "both":
+        passed = held and (twin is None or held_by_twin)
+    else:
+        wanted = section.on == "broken"
+        passed = held == wanted and (twin is None or held_by_twin != wanted)
+    return Check(section.metric, section.at, section.is_, section.on, value, twin_value, passed)
+
+
+def _differences(scenario: Scenario, diagnosis: Diagnosis, checks: tuple[Check, ...]) -> list[str]:
+    """Say in what the outcome is not what the scenario expects."""
+    expect = scenario.expect
+    wanted = "faulty" if scenario.fault and "expect" not in scenario.model_fields_set else expect.verdict
+    found = []
+    if diagnosis.verdict != wanted:
+        found.append(f"the verdict is {diagnosis.verdict}, expected {wanted}")
+    first = diagnosis.causes[0] if diagnosis.causes else None
+    if expect.cause and (first is None or first.id != expect.cause):
+        found.append(f"the first cause is {first.id if first else 'unknown'}, expected {expect.cause}")
+    if expect.at and (first is None or first.at != expect.at):
+        found.append(f"the site blamed is {first.at if first else 'none'}, expected {expect.at}")
+    if expect.by_step is not None and (first is None or first.since_step > expect.by_step):
+        found.append(f"found since step {first.since_step if first else 'never'}, expected by {expect.by_step}")
+    for check in checks:
+        if not check.passed:
+            where = f" at {check.at}" if check.at else ""
+            found.append(f"{check.metric}{where} is {check.value} (twin {check.twin_value}); check: {check.is_}")
+    return found

@@ -1,0 +1,75 @@
+"""A place to experiment on a model in the middle of its training, and leave no trace."""
+
+from __future__ import annotations
+
+import random
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    from lab.sites import Sites
+
+
+@contextmanager
+def sandbox(model: nn.Module, sites: Sites) -> Iterator[None]:
+    """Put back, at the end, weights, buffers, modes, gradients and random state exactly as they were.
+
+    Inside, gradients start from None, and the taps of probes that watch stay silent. Costs one copy of the weights
+    and buffers, which is made after the backward pass has freed the activations.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [(t, t._version, t.detach().clone()) for t in tensors]
+    gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    state = _random_state()
+    for p, _, _ in gradients:
+        p.grad = None
+    try:
+        with sites.running("examine"):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for tensor, version, value in kept:
+            _put_back(tensor, version, value)
+        for p, grad, requires in gradients:
+            p.grad = grad
+            p.requires_grad_(requires)
+        _set_random_state(state)
+
+
+def _put_back(tensor: Tensor, version: int, value: Tensor) -> None:
+    """Write a value back without the autograd engine noticing, unless the experiment itself wrote in place."""
+    if tensor.data_ptr() != value.data_ptr():
+        tensor.data.copy_(value)
+    if tensor._version != version:
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        state["numpy"] = np.random.get_state()  # noqa: NPY002 - the global state is what is put back
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state:
+        import numpy as np
+
+        np.random.set_state(state["numpy"])  # noqa: NPY002

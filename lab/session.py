@@ -1,0 +1,167 @@
+"""What every watched training shares, the lab's own and anybody else's: recording, examining, judging.
+
+Whoever trains calls `start`, then `before_update` and `end_step` for each step, then `finish`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+from lab.diagnosis.diagnose import diagnose, judge
+from lab.sandbox import sandbox
+from lab.store import DECLINED, FACT, SET_ASIDE, TRACEBACK, Store
+
+if TYPE_CHECKING:
+    from lab.catalogue import Catalogue
+    from lab.context import Run, Step
+    from lab.diagnosis.model import Diagnosis, Symptom
+    from lab.store import Row
+
+METRICS, FINDINGS, DIAGNOSIS = "metrics.db", "findings.jsonl", "diagnosis.json"
+
+
+class Session:
+    """Watches one run.
+
+    Args:
+        run: With its model, optimiser and sites attached.
+        catalogue: The rules and causes to judge by.
+        examine_every: The cadence of experiments, in steps. A new symptom calls for one more at the next step.
+    """
+
+    def __init__(self, run: Run, catalogue: Catalogue, *, examine_every: int = 10) -> None:
+        self.run = run
+        self.catalogue = catalogue
+        self.examine_every = examine_every
+        self.store = Store(run.folder / METRICS)
+        self._known: set[tuple[str, str]] = set()
+        self._look_again = False
+        self._loss_was_finite = True
+        self._reasons: dict[str, str] = {}
+
+    def fact(self, name: str, text: str) -> None:
+        """Keep something that is known of the run once and for all."""
+        self.run.history.facts[name] = text
+        self.store.remark(FACT, name, text)
+
+    def start(self) -> None:
+        """Everything is built: let the plugins attach."""
+        if self.run.steps is not None:
+            self.fact("steps", str(self.run.steps))
+        self.run.plugins.event("lab_start", self.run)
+        self.store.commit()
+
+    def begin_step(self, step: Step) -> None:
+        """Make a step the current one, and decide whether it is examined."""
+        step.examined = step.index % self.examine_every == 0 or self._look_again
+        self.run.step = step
+
+    def before_update(self, step: Step) -> None:
+        """Gradients are final, weights are old."""
+        self.run.plugins.event("lab_before_update", self.run, step=step)
+
+    def end_step(self, step: Step) -> None:
+        """Weights are new: examine if due, move what was recorded to the host, judge if due."""
+        self.run.plugins.event("lab_step_end", self.run, step=step)
+        if step.examined:
+            self._examine(step)
+        row = self._flush(step)
+        self._look_again = False
+        if step.examined or self._loss_broke(row):
+            self._look_again = bool(self._judge(step))
+        # Nothing of this step may outlive it: its graph would hold the activations.
+        step.logits = step.loss = None
+
+    def finish(self, *, ended: bool = True) -> Diagnosis:
+        """Take a last look, diagnose, and tell everyone."""
+        run = self.run
+        if ended and run.history.last_step >= 0:
+            if not run.step.examined or self._look_again:
+                self._examine(run.step)
+                self._flush(run.step)
+                if self._judge(run.step):
+                    self._examine(run.step)
+                    self._flush(run.step)
+            self.fact("ended", f"after step {run.step.index}")
+        self._note_reasons()
+        diagnosis = diagnose(run.history, self.catalogue)
+        self._tell(diagnosis.symptoms, run.step)
+        text = json.dumps(diagnosis.to_dict(), indent=2, allow_nan=True)
+        (run.folder / DIAGNOSIS).write_text(text + "\n", encoding="utf-8")
+        self.store.write_order(run.sites.order)
+        self.store.commit()
+        run.plugins.event("lab_end", run, diagnosis=diagnosis)
+        return diagnosis
+
+    def close(self) -> None:
+        """Take everything off the model, undo the faults, and close the store."""
+        try:
+            self.run.sites.detach()
+            self.run.cleanup.close()
+        finally:
+            self.store.close()
+
+    def _examine(self, step: Step) -> None:
+        if step.batch is not None:
+            with sandbox(self.run.model, self.run.sites):
+                self.run.plugins.event("lab_examine", self.run, step=step)
+
+    def _flush(self, step: Step) -> Row:
+        row, artifacts = step.flush()
+        run = self.run
+        if len(row):
+            run.history.add(step.index, row)
+            self.store.write(step.index, row)
+        if step.index == 0 or step.examined:
+            run.history.order = run.sites.order
+            self.store.write_order(run.sites.order)
+        run.plugins.event("lab_metrics", run, step=step, metrics=row)
+        for artifact in artifacts:
+            run.plugins.event("lab_artifact", run, step=step, artifact=artifact)
+        return row
+
+    def _loss_broke(self, row: Row) -> bool:
+        """Whether the loss was finite until now and is not any more: a reason to judge at once."""
+        if not self._loss_was_finite:
+            return False
+        where = [i for i, column in enumerate(row.columns) if column == ("loss", "")]
+        self._loss_was_finite = all(math.isfinite(row.values[i]) for i in where)
+        return not self._loss_was_finite
+
+    def _judge(self, step: Step) -> list[Symptom]:
+        """Apply the rules to what is known; announce and return the symptoms that are new."""
+        self._note_reasons()
+        symptoms, _, _ = judge(self.run.history, self.catalogue)
+        new = self._tell(symptoms, step)
+        self.store.commit()
+        return new
+
+    def _tell(self, symptoms: tuple[Symptom, ...] | list[Symptom], step: Step) -> list[Symptom]:
+        new = [s for s in symptoms if (s.id, s.at) not in self._known]
+        self._known |= {(s.id, s.at) for s in new}
+        if new:
+            with (self.run.folder / FINDINGS).open("a", encoding="utf-8") as file:
+                for symptom in new:
+                    file.write(json.dumps({"step": step.index, **symptom.to_dict()}) + "\n")
+        for symptom in new:
+            self.run.plugins.event("lab_finding", self.run, step=step, symptom=symptom)
+        return new
+
+    def _note_reasons(self) -> None:
+        """Keep why a probe was set aside or could not judge, in the history and in the store."""
+        plugins, history = self.run.plugins, self.run.history
+        reasons = {**plugins.declined, **plugins.reasons}
+        if reasons == self._reasons:
+            return
+        for name in self._reasons.keys() - reasons.keys():
+            self.store.forget(DECLINED, name)
+        for name, text in reasons.items():
+            self.store.remark(SET_ASIDE if name in plugins.reasons else DECLINED, name, text)
+        for name, text in plugins.set_aside.items():
+            self.store.remark(TRACEBACK, name, text)
+        if plugins.reasons:
+            self.fact("set_aside", ", ".join(sorted(plugins.reasons)))
+        self._reasons = reasons
+        history.reasons = dict(reasons)

@@ -1,0 +1,4 @@
+"""What ties the lab to other tools. Each uses only what ``lab`` exports, as a stranger's plugin would."""
+
+if __name__ == "plugins":
+    raise ImportError("import it as lab.plugins: a folder of this name belongs to whoever runs the lab")

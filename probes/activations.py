@@ -1,0 +1,80 @@
+"""What passes through the sites of a model: its size, and whether it is finite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lab import History, Run, Site, Step
+    from torch import Tensor
+
+INSIDE_ATTENTION = {"mask", "scores", "pattern"}  # made only when someone asks; see probes.attention
+
+
+@probe("activations", title="Root mean square of the value at every site", cost="one norm a site, every step")
+class Activations(Probe):
+    """Records ``activation.rms`` at each site in each step, and now and then a histogram of what a block gives out.
+
+    One norm serves as the test for NaN and infinity too: it is not finite when any value is not.
+    """
+
+    HISTOGRAM_EVERY = 50
+    HISTOGRAM_VALUES = 4096
+
+    def lab_start(self, run: Run) -> None:
+        self._run = run
+        self._names: list[str] = []
+        self._norms: list[Tensor] = []
+        self._scales: list[float] = []
+        self._last: tuple[Tensor, Tensor] | None = None
+        for site in run.sites.match("**"):
+            if site.name.rpartition(".")[2] not in INSIDE_ATTENTION:
+                self.read(run, site.name, self._see)
+
+    def _see(self, site: Site, value: Tensor) -> None:
+        if not value.is_floating_point() or value.numel() == 0:
+            return
+        value = value.detach()
+        if self._last is not None and self._last[0].data_ptr() == value.data_ptr() and self._last[0].shape == value.shape:
+            norm = self._last[1]  # the same tensor under a second name
+        else:
+            norm = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+        self._last = (value, norm)
+        self._names.append(site.name)
+        self._norms.append(norm)
+        self._scales.append(value.numel() ** -0.5)
+        if self._run.step.index % self.HISTOGRAM_EVERY == 0 and site.module.rpartition(".")[2].isdigit():
+            flat = value.reshape(-1)
+            stride = max(1, len(flat) // self.HISTOGRAM_VALUES)
+            self._run.step.show("histogram", "activation", flat[::stride], site.name)
+
+    def lab_step_end(self, step: Step) -> None:
+        if self._norms:
+            scales = torch.tensor(self._scales).to(self._norms[0].device, non_blocking=True)
+            step.record_all("activation.rms", tuple(self._names), torch.stack(self._norms) * scales)
+        self._last = None
+        for kept in (self._names, self._norms, self._scales):
+            kept.clear()  # type: ignore[attr-defined]
+
+
+@rule("value.nonfinite", title="Every value is finite", reads=("activation.rms",), basis="theory", phase="forward")
+def value_nonfinite(history: History) -> Iterator[Symptom]:
+    """No sum, product or exponential of finite numbers of ordinary size is NaN or infinite."""
+    for site, series in history.each("activation.rms"):
+        bad = np.flatnonzero(~np.isfinite(series.values))
+        if len(bad):
+            step = int(series.steps[bad[0]])
+            before = f"; it was finite until step {step - 1}" if bad[0] else ""
+            yield Symptom(
+                at=site,
+                since=step,
+                seen=float(series.values[bad[0]]),
+                expected="finite",
+                text=f"the value at {site} is not finite from step {step}{before}",
+            )

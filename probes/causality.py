@@ -1,0 +1,212 @@
+"""Does the past depend on the future? An experiment whose right answer is known: it does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lab import Batch, History, Run, Step
+    from torch import Tensor, nn
+
+# In exact arithmetic it is 0, and masked weights are exact zeros: only rounding is allowed for.
+ROUNDING = 1e-6
+ROWS = 4
+
+
+@probe(
+    "causality",
+    title="Does an output depend on later inputs?",
+    cost="forward and backward on four rows, on examined steps",
+    examines=True,
+)
+class Causality(Probe):
+    """Differentiates the output at one position, another in each row, by the inputs at every position.
+
+    Records ``causality.next_token`` (the share of targets that are the token after: whether the model is meant to be
+    causal at all), ``causality.future`` (the share of the gradient that lies on later positions, for the whole model).
+    When that is not 0, the next experiment asks each module alone: ``causality.module_future``, and
+    ``causality.module_past``, the share on earlier positions.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._run = run
+
+    def lab_examine(self, run: Run, step: Step) -> None:
+        batch = step.batch
+        inputs = batch.inputs if batch is not None else None
+        if batch is None or inputs is None or inputs.dim() != 2 or inputs.is_floating_point():
+            raise NotChecked("the model is not called with tokens [B T]")
+        if batch.targets is None or batch.targets.numel() != inputs.numel():
+            raise NotChecked("the targets are not known, or are not one for each token")
+        if inputs.shape[1] < 4:
+            raise NotChecked(f"{inputs.shape[1]} positions are too few")
+        step.record("causality.next_token", _shifted(inputs, batch.targets.view_as(inputs)))
+        suspect = run.history.last("causality.future") > ROUNDING
+        self._differentiate(run, step, batch.rows(ROWS), inputs.shape[1], everywhere=suspect)
+
+    def _differentiate(self, run: Run, step: Step, batch: Batch, length: int, *, everywhere: bool) -> None:
+        rows = len(batch.inputs)  # type: ignore[arg-type]
+        # Another position in each row, and others in the next experiment.
+        places = (torch.arange(rows) * length // rows + step.index) % (length - 2) + 1  # [R]
+        with torch.enable_grad(), _Calls(run.model, rows, length, everywhere=everywhere) as calls:
+            logits = run.call(batch)
+            if calls.first is None:
+                raise NotChecked("no module makes a vector [B T C] of each token")
+            shares = _shares(logits, calls.first, places)
+            if shares is None:
+                raise NotChecked("the output does not depend on the embedding in a way that can be differentiated")
+            step.record("causality.future", shares[0])
+            for name, came, went in calls.made:
+                local = _shares(went, came, places)
+                if local is not None:
+                    step.record("causality.module_future", local[0], name)
+                    step.record("causality.module_past", local[1], name)
+
+
+class _Calls:
+    """While in the block, notes what goes in and comes out of each module that maps [B T ...] to [B T ...]."""
+
+    def __init__(self, model: nn.Module, rows: int, length: int, *, everywhere: bool) -> None:
+        self.model, self.shape, self.everywhere = model, (rows, length), everywhere
+        self.first: Tensor | None = None
+        self.made: list[tuple[str, Tensor, Tensor]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> _Calls:
+        for name, module in self.model.named_modules():
+            if name:
+                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+            went = output[0] if isinstance(output, tuple) and output else output
+            if not self._fits(went):
+                return
+            if self.first is None:
+                self.first = went  # type: ignore[assignment]
+            came = next((value for value in (*args, *kwargs.values()) if self._fits(value)), None)
+            if self.everywhere and came is not None:
+                self.made.append((name, came, went))  # type: ignore[arg-type]
+
+        return note
+
+    def _fits(self, value: object) -> bool:
+        return (
+            torch.is_tensor(value)
+            and value.dim() >= 3
+            and value.is_floating_point()
+            and value.requires_grad
+            and tuple(value.shape[:2]) in (self.shape, self.shape[::-1])
+        )
+
+
+def _shares(went: Tensor, came: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the largest share of the gradient on later positions over the rows, and the smallest on earlier ones.
+
+    ``went`` [R T ...] or [T R ...] at ``places`` [R] is differentiated by ``came``, of the same layout.
+    """
+    rows = len(places)
+    swap = came.shape[0] != rows
+    out = went.transpose(0, 1) if went.shape[0] != rows else went
+    picked = out[torch.arange(rows, device=out.device), places.to(out.device)]  # [R ...]
+    signs = torch.ones_like(picked)
+    signs.view(-1)[::2] = -1.0  # a direction that no symmetry of the model cancels
+    signs *= torch.linspace(0.5, 1.5, signs.shape[-1], device=signs.device, dtype=signs.dtype)
+    (grad,) = torch.autograd.grad((picked * signs).sum(), came, retain_graph=True, allow_unused=True)
+    if grad is None:
+        return None
+    grad = grad.transpose(0, 1) if swap else grad
+    size = grad.float().flatten(2).norm(dim=-1)  # [R T]
+    later = torch.arange(size.shape[1], device=size.device)[None] - places.to(size.device)[:, None]  # [R T]
+    total = size.sum(-1).clamp_min(1e-30)  # [R]
+    future = (size * (later > 0)).sum(-1) / total
+    past = (size * (later < 0)).sum(-1) / total
+    return future.amax(), past.amin()
+
+
+def _shifted(inputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of the targets that are the next token of the input, of those that count."""
+    same = (targets[:, :-1] == inputs[:, 1:]).float()
+    counts = (targets[:, :-1] >= 0).float()
+    return (same * counts).sum() / counts.sum().clamp_min(1)
+
+
+def _is_causal(history: History) -> bool:
+    share = history.series("causality.next_token").finite.values
+    if not len(share) or not np.max(share) > 0.99:
+        raise NotChecked("the targets are not the next tokens, so the model need not be causal")
+    return True
+
+
+def _past_dependence_on_future(history: History, metric: str, site: str) -> tuple[int, float] | None:
+    series = history.series(metric, site).finite
+    bad = np.flatnonzero(series.values > ROUNDING)
+    return (int(series.steps[bad[0]]), float(series.values[bad[0]])) if len(bad) else None
+
+
+@rule(
+    "causality.future",
+    title="No output depends on a later input",
+    reads=("causality.future", "causality.next_token"),
+    basis="experiment",
+    phase="forward",
+)
+def causality_future(history: History) -> Iterator[Symptom]:
+    """Where the targets are the next tokens, ``d out_i / d x_j = 0`` for j > i, or the model is shown the answer."""
+    if not len(history.series("causality.future").finite):
+        raise NotChecked("the outputs were not finite when it was tried")
+    if _is_causal(history) and (found := _past_dependence_on_future(history, "causality.future", "")):
+        step, share = found
+        yield Symptom(
+            at="",
+            since=step,
+            seen=share,
+            expected="0",
+            text=f"{share:.0%} of what moves an output is in later tokens, at step {step}; the targets are the next tokens",
+        )
+
+
+@rule(
+    "causality.leak",
+    title="No module's output depends on a later input",
+    reads=("causality.future", "causality.next_token"),
+    basis="experiment",
+    phase="forward",
+)
+def causality_leak(history: History) -> Iterator[Symptom]:
+    """Each module alone, where the model as a whole leaks; the innermost that leak are named."""
+    _is_causal(history)
+    leaks = {s: f for s in history.sites("causality.module_future")
+             if (f := _past_dependence_on_future(history, "causality.module_future", s))}
+    for site, (step, share) in leaks.items():
+        if not any(other.startswith(f"{site}.") for other in leaks):
+            text = f"{site} alone lets {share:.0%} of what moves its output come from later positions"
+            yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
+
+
+@rule(
+    "causality.blind",
+    title="No module that sees later inputs is blind to earlier ones",
+    reads=("causality.future", "causality.next_token"),
+    basis="experiment",
+    phase="forward",
+)
+def causality_blind(history: History) -> Iterator[Symptom]:
+    """A module that mixes positions, and takes nothing from earlier ones: its mask is the wrong way round."""
+    for leak in causality_leak.judge(history):
+        past = history.series("causality.module_past", leak.at).finite
+        at_leak = past.values[past.steps == leak.since]
+        if len(at_leak) and at_leak[0] == 0:
+            text = f"{leak.at} takes nothing from earlier positions, and all it mixes in from later ones"
+            yield Symptom(at=leak.at, since=leak.since, seen=0.0, expected="above 0", text=text)

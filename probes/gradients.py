@@ -1,0 +1,108 @@
+"""Gradients: of every parameter, at every output, and whether each step starts from none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lab import History, Run, Site, Step
+    from torch import Tensor
+
+
+@probe("gradients", title="Norm of the gradient of every parameter and at every output", cost="one norm a tensor")
+class Gradients(Probe):
+    """Records ``gradient.norm`` by parameter, ``gradient.site`` by output site, ``gradient.total`` before clipping,
+    and ``gradient.carried``: the norm of what the gradients already held when the step's backward pass began.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._run = run
+        self._seen: dict[str, Tensor] = {}
+        self._begun = -1
+        if run.sites.output:
+            self.read(run, run.sites.output, self._backward_begins, grad=True)
+        self.read(run, "**.out", self._see, grad=True)
+
+    def _backward_begins(self, _site: Site, _value: Tensor) -> None:
+        """The gradient at the output is the first of a backward pass; nothing has been added to any parameter yet."""
+        step = self._run.step
+        if self._begun == step.index:
+            return  # a later pass of the same step: accumulation is what it is for
+        self._begun = step.index
+        held = [p.grad for p in self._run.parameters.values() if p.grad is not None]
+        step.record("gradient.carried", _joint_norm(held) if held else 0.0)
+
+    def _see(self, site: Site, value: Tensor) -> None:
+        self._seen[site.name] = torch.linalg.vector_norm(value.detach())
+
+    def lab_before_update(self, run: Run, step: Step) -> None:
+        held = {name: p.grad for name, p in run.parameters.items() if p.grad is not None and not p.grad.is_sparse}
+        if held:
+            norms = torch.stack(torch._foreach_norm(list(held.values())))  # noqa: SLF001 - torch has no public name
+            step.record_all("gradient.norm", tuple(held), norms)
+            if step.grad_norm is None:
+                step.record("gradient.total", torch.linalg.vector_norm(norms))
+        if step.grad_norm is not None:
+            step.record("gradient.total", step.grad_norm)
+        if self._seen:
+            step.record_all("gradient.site", tuple(self._seen), torch.stack(list(self._seen.values())))
+            self._seen.clear()
+
+
+def _joint_norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))  # noqa: SLF001
+
+
+@rule(
+    "gradient.nonfinite",
+    title="Every gradient is finite",
+    reads=("gradient.norm",),
+    basis="theory",
+    phase="backward",
+)
+def gradient_nonfinite(history: History) -> Iterator[Symptom]:
+    """A gradient that is NaN or infinite destroys whatever it is added to."""
+    for metric in ("gradient.site", "gradient.norm"):
+        for place, series in history.each(metric):
+            bad = np.flatnonzero(~np.isfinite(series.values))
+            if len(bad):
+                step = int(series.steps[bad[0]])
+                yield Symptom(
+                    at=place,
+                    since=step,
+                    seen=float(series.values[bad[0]]),
+                    expected="finite",
+                    text=f"the gradient of {place} is not finite from step {step}",
+                )
+
+
+@rule(
+    "gradient.carried",
+    title="Each step's backward pass starts from empty gradients",
+    reads=("gradient.carried",),
+    basis="experiment",
+    phase="backward",
+)
+def gradient_carried(history: History) -> Iterator[Symptom]:
+    """``backward`` adds to what the gradients hold. Whatever they hold when a step begins is from an older batch."""
+    series = history.series("gradient.carried")
+    if len(series) < 2 and not np.any(series.values > 0):
+        raise NotChecked("one step was seen; what it leaves behind shows in the next")
+    carried = np.flatnonzero(series.values > 0)
+    if len(carried):
+        first = int(carried[0])
+        step, norm = int(series.steps[first]), float(series.values[first])
+        yield Symptom(
+            at="",
+            since=step,
+            seen=norm,
+            expected="0",
+            text=f"when the backward pass of step {step} began, the gradients still held norm {norm:.3g} from before; "
+            f"so in {len(carried)} of {len(series)} steps",
+        )

@@ -1,0 +1,157 @@
+"""Weights: their size, how far each step moves them, and whether each that should move does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lab import History, Run, Step
+    from torch import Tensor
+
+
+class _Moves(Probe):
+    """Copies the weights just before an update, when the activations are freed, and compares just after."""
+
+    def lab_start(self, run: Run) -> None:
+        self._before: dict[str, Tensor] = {}
+        self._names = tuple(run.parameters)
+
+    def wants(self, step: Step) -> bool:
+        return self.due(step)
+
+    def lab_before_update(self, run: Run, step: Step) -> None:
+        if self.wants(step):
+            self._before = {name: p.detach().clone() for name, p in run.parameters.items()}
+
+    def moved(self, run: Run) -> Tensor:
+        """Return how far each parameter moved, the norm of the difference, [n]; and forget the copies."""
+        now = [p.detach() for p in run.parameters.values()]
+        moved = torch.stack(torch._foreach_norm(torch._foreach_sub(now, list(self._before.values()))))  # noqa: SLF001
+        self._before = {}
+        return moved
+
+
+@probe("weights", title="Norm of every weight, and of its update relative to it", every=10, cost="one copy of the weights")
+class Weights(_Moves):
+    """Records ``weight.norm``, ``update.ratio`` (norm of the update over norm of the weight), and ``learning_rate``."""
+
+    def lab_step_end(self, run: Run, step: Step) -> None:
+        if step.lr is not None:
+            step.record("learning_rate", step.lr)
+        if self._before:
+            norms = torch.stack(torch._foreach_norm(list(self._before.values())))  # noqa: SLF001
+            step.record_all("weight.norm", self._names, norms)
+            step.record_all("update.ratio", self._names, self.moved(run) / norms.clamp_min(1e-30))
+        if step.index % 50 == 0:
+            for name, p in run.parameters.items():
+                if p.dim() >= 2:
+                    flat = p.detach().reshape(-1)
+                    step.show("histogram", "weight", flat[:: max(1, len(flat) // 4096)].clone(), name)
+
+
+@probe(
+    "movement",
+    title="Does every trainable parameter that has a gradient move?",
+    cost="one copy of the weights, on examined steps",
+    examines=True,
+)
+class Movement(_Moves):
+    """Records for each parameter ``movement.distance`` of one update, ``movement.gradient``, the norm of its gradient,
+    ``movement.held``, whether the optimiser holds it, and ``movement.rate``, the learning rate of its group.
+    """
+
+    def wants(self, step: Step) -> bool:
+        return step.examined
+
+    def lab_before_update(self, run: Run, step: Step) -> None:
+        super().lab_before_update(run, step)
+        if self._before:
+            self._have = tuple(n for n, p in run.parameters.items() if p.grad is not None and not p.grad.is_sparse)
+            grads = [p.grad for n, p in run.parameters.items() if n in set(self._have)]
+            if grads:
+                step.record_all("movement.gradient", self._have, torch.stack(torch._foreach_norm(grads)))  # noqa: SLF001
+
+    def lab_step_end(self, run: Run, step: Step) -> None:
+        if not self._before:
+            return
+        step.record_all("movement.distance", self._names, self.moved(run))
+        rates = {id(p): float(group["lr"]) for group in run.optimizer.param_groups for p in group["params"]}
+        for name, p in run.parameters.items():
+            step.record("movement.held", float(id(p) in rates), name)
+            step.record("movement.rate", rates.get(id(p), 0.0), name)
+
+
+@rule(
+    "weight.nonfinite",
+    title="Every weight is finite",
+    reads=("weight.norm",),
+    basis="theory",
+    phase="update",
+)
+def weight_nonfinite(history: History) -> Iterator[Symptom]:
+    """A weight that is NaN or infinite stays so."""
+    for name, series in history.each("weight.norm"):
+        bad = np.flatnonzero(~np.isfinite(series.values))
+        if len(bad):
+            step = int(series.steps[bad[0]])
+            text = f"the weight {name} is not finite at step {step}"
+            yield Symptom(at=name, since=step, seen=float(series.values[bad[0]]), expected="finite", text=text)
+
+
+def _unmoved(history: History, *, held: bool) -> Iterator[Symptom]:
+    if not np.any(np.isfinite(_all(history, "movement.distance"))):
+        raise NotChecked("no weight was finite on an examined step")
+    for name in history.sites("movement.gradient"):
+        gradient = history.series("movement.gradient", name)
+        distance = history.series("movement.distance", name)
+        is_held = history.series("movement.held", name).values > 0
+        rate = history.series("movement.rate", name).values
+        at = np.isin(distance.steps, gradient.steps)
+        still = (distance.values[at] == 0) & (gradient.values > 0) & (is_held[at] == held)
+        if held:
+            still &= rate[at] > 0
+        if np.all(still) and len(still):
+            step, norm = int(gradient.steps[0]), float(gradient.values[0])
+            why = "although the optimiser holds it" if held else "and the optimiser does not hold it"
+            yield Symptom(
+                at=name,
+                since=step,
+                seen=0.0,
+                expected="above 0",
+                text=f"{name} has a gradient (norm {norm:.3g} at step {step}) and has not moved "
+                f"in any of {len(still)} examined steps, {why}",
+            )
+
+
+def _all(history: History, metric: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.concatenate([np.empty(0), *(series.values for _, series in history.each(metric))])
+
+
+@rule(
+    "movement.unheld",
+    title="The optimiser holds every parameter that has a gradient",
+    reads=("movement.distance", "movement.gradient"),
+    basis="experiment",
+    phase="update",
+)
+def movement_unheld(history: History) -> Iterator[Symptom]:
+    """A trainable parameter that has a gradient, does not move, and is in no group of the optimiser."""
+    yield from _unmoved(history, held=False)
+
+
+@rule(
+    "movement.none",
+    title="Every parameter that the optimiser holds and that has a gradient moves",
+    reads=("movement.distance", "movement.gradient"),
+    basis="experiment",
+    phase="update",
+)
+def movement_none(history: History) -> Iterator[Symptom]:
+    """A trainable parameter that has a gradient, a learning rate above 0, and does not move."""
+    yield from _unmoved(history, held=True)
