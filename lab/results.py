@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lab.diagnosis.diagnose import diagnose
 from lab.errors import BadInput, nearest
 from lab.manager import discover
-from lab.session import FINDINGS, METRICS
+from lab.files import FINDINGS, METRICS, RUN
 from lab.store import read_history
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def load(path: str | Path) -> Results:
     if not (folder / METRICS).is_file():
         raise BadInput(f"{folder}: no run folder: it holds no {METRICS}")
     about: dict[str, Any] = {}
-    run_file = folder / "run.toml"
+    run_file = folder / RUN
     if run_file.is_file():
         try:
             about = tomllib.loads(run_file.read_text(encoding="utf-8"))

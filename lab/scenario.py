@@ -5,7 +5,6 @@ The models of this file are the schema; ``lab show --schema`` prints it for edit
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import tomllib
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from lab.catalogue import parameters
 from lab.errors import BadInput, nearest
 from lab.projects import PROJECTS
+from lab.shelf import find_scenarios
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -161,30 +161,6 @@ class Scenario(Section):
         if value not in known:
             raise ValueError(f"found {value!r}, which is no project{nearest(value, known)}")
         return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A scenario that was found: its id, where it is, and what a list shows of it."""
-
-    id: str
-    path: Path
-    title: str
-    project: str
-
-
-def find_scenarios() -> dict[str, Entry]:
-    """Return the scenarios that ship with the lab, by id, in the order of the projects. Nothing is validated."""
-    root = Path(__file__).parent.parent / "scenarios"
-    if not root.is_dir():
-        import lab.scenarios
-
-        root = Path(lab.scenarios.__path__[0])
-    found = {}
-    for path in sorted(root.glob("*/*.toml")):
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        found[path.stem] = Entry(path.stem, path, raw.get("title", ""), raw.get("project", ""))
-    return found
 
 
 def load_scenario(name: str) -> tuple[str, Scenario]:

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lab.diagnosis.diagnose import diagnose, judge
+from lab.files import DIAGNOSIS, FINDINGS, METRICS
 from lab.sandbox import sandbox
 from lab.store import DECLINED, FACT, SET_ASIDE, TRACEBACK, Store
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from lab.diagnosis.model import Diagnosis, Symptom
     from lab.store import Row
 
-METRICS, FINDINGS, DIAGNOSIS = "metrics.db", "findings.jsonl", "diagnosis.json"
 
 
 class Session:

@@ -35,7 +35,8 @@ class Gradients(Probe):
         if self._begun == step.index:
             return  # a later pass of the same step: accumulation is what it is for
         self._begun = step.index
-        held = [p.grad for p in self._run.parameters.values() if p.grad is not None]
+        # A parameter that the optimiser does not hold is not cleared by it: another mistake, with a rule of its own.
+        held = [p.grad for group in self._run.optimizer.param_groups for p in group["params"] if p.grad is not None]
         step.record("gradient.carried", _joint_norm(held) if held else 0.0)
 
     def _see(self, site: Site, value: Tensor) -> None:

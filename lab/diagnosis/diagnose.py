@@ -142,13 +142,11 @@ def _candidate(cause: Cause, remaining: Sequence[Symptom], symptoms: Sequence[Sy
     """Return what a cause would explain, or None when it lacks a symptom that it demands or is refuted."""
     if not all(_of(symptoms, (pattern,)) for pattern in cause.must) or _of(symptoms, cause.cannot):
         return None
-    anchors = _of(remaining, cause.must[:1])
-    if not anchors:
+    if not _of(remaining, cause.must[:1]):
         return None
-    anchor = min(anchors, key=lambda s: s.when)
-    downstream = [s for s in _of(remaining, (*cause.must, *cause.may, *cause.locate)) if s.when >= anchor.when]
-    required = [s for s in _of(remaining, cause.must) if s not in downstream]
-    return _Candidate(cause, anchor, (*downstream, *required))
+    anchor = min(_of(remaining, (*cause.must, *cause.locate)), key=lambda s: s.when)
+    explains = [s for s in _of(remaining, (*cause.must, *cause.may, *cause.locate)) if s.when >= anchor.when]
+    return _Candidate(cause, anchor, tuple(explains))
 
 
 def _of(symptoms: Iterable[Symptom], patterns: Sequence[str]) -> list[Symptom]:
@@ -159,7 +157,7 @@ def _of(symptoms: Iterable[Symptom], patterns: Sequence[str]) -> list[Symptom]:
 
 def _finding(candidate: _Candidate, symptoms: Sequence[Symptom], total: float) -> Finding:
     cause, anchor = candidate.cause, candidate.anchor
-    blamed = anchor
+    blamed = min(_of(candidate.explains, cause.must[:1]), key=lambda s: s.when)
     for pattern in cause.locate:
         places = [s for s in _of(symptoms, (pattern,)) if s.at]
         if places:

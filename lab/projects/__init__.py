@@ -6,6 +6,7 @@ Each has a folder here as soon as its component is built. This module imports no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,11 @@ class Project:
     id: str
     title: str
     builds: str
+
+    @property
+    def ready(self) -> bool:
+        """Whether its component is built."""
+        return (Path(__file__).parent / self.id.replace("-", "_") / "component.py").is_file()
 
 
 PROJECTS: tuple[Project, ...] = (

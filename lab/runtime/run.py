@@ -17,10 +17,11 @@ import lab
 from lab.catalogue import Catalogue, Fault, Plugin
 from lab.context import Run
 from lab.errors import BadInput
+from lab.files import METRICS, RUN
 from lab.manager import Manager
 from lab.runtime.engine import Engine
 from lab.scenario import CheckSection, Scenario, check_names, holds, make_faults
-from lab.session import METRICS, Session
+from lab.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,7 +176,7 @@ def write_run_file(folder: Path, name: str, scenario: dict[str, Any], seed: int)
         "machine": {"system": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads()},
         "scenario": scenario,
     }
-    (folder / "run.toml").write_text(tomli_w.dumps(about), encoding="utf-8")
+    (folder / RUN).write_text(tomli_w.dumps(about), encoding="utf-8")
 
 
 def find_device(name: str) -> torch.device:

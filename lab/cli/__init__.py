@@ -1,0 +1,64 @@
+"""The command line: one module a command. Nothing here imports torch before it is needed."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from lab import __version__
+from lab.cli.board import board
+from lab.cli.diagnose import diagnose
+from lab.cli.list import list_
+from lab.cli.run import run
+from lab.cli.show import show
+from lab.errors import BadInput, LabError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lab")
+def cli() -> None:
+    """Build every layer of an LLM, break it on purpose, measure what broke.
+
+    \b
+    lab list                   what there is: projects, scenarios, faults, probes, causes, plugins
+    lab run reads-the-future   train, break, watch, diagnose
+    lab board                  look at the newest run in TensorBoard
+
+    Exit status: 0 as expected, 1 something is wrong with the run, 2 bad input.
+    """
+
+
+for command in (list_, show, run, diagnose, board):
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line, and end the process: each error in one line, with the status that it stands for."""
+    sys.exit(status_of(arguments))
+
+
+def status_of(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    try:
+        status = cli.main(args=arguments, prog_name="lab", standalone_mode=False)
+    except BadInput as error:
+        return _say(str(error), 2)
+    except LabError as error:
+        return _say(str(error), 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        return _say(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted; what was recorded until now is kept: lab diagnose RUN reads it", 130)
+    except BrokenPipeError:
+        return 0
+    return status if isinstance(status, int) else 0
+
+
+def _say(text: str, status: int) -> int:
+    line = " ".join(text.split())
+    click.echo(f"lab: {line}", err=True)
+    return status

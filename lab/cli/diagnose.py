@@ -1,0 +1,34 @@
+"""``lab diagnose``: judge a run folder again, with the rules of today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lab.cli.options import json_option, load_catalogue, plugin_option, print_json
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@json_option
+@plugin_option
+def diagnose(run: Path, *, as_json: bool, plugins: tuple[str, ...]) -> int:
+    """Diagnose what is in the folder RUN, also of a run that goes on or was killed.
+
+    Exit status: 0 when it is healthy, 1 when it is faulty or nothing can be said.
+    """
+    from lab.results import load
+
+    results = load(run)
+    diagnosis = results.diagnosis(load_catalogue(plugins))
+    if as_json:
+        about = results.about.get("run", {})
+        print_json({"run": str(run), "scenario": about.get("scenario"), **diagnosis.to_dict()})
+    else:
+        from rich.console import Console
+
+        from lab.cli.report import print_diagnosis
+
+        print_diagnosis(diagnosis, Console(), str(run))
+    return 0 if diagnosis.verdict == "healthy" else 1

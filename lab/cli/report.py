@@ -1,0 +1,104 @@
+"""How a diagnosis looks on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lab.diagnosis.model import Diagnosis, Finding
+    from lab.runtime.run import Check, Outcome
+
+COLOUR = {"healthy": "green", "faulty": "red", "inconclusive": "yellow"}
+
+
+def print_outcome(outcome: Outcome, console: Console) -> None:
+    """Print what a scenario showed: the diagnosis, the metrics checked, and whether it is as expected."""
+    title = f"{outcome.scenario_id}, seed {outcome.scenario.seed}"
+    parts: list[RenderableType] = []
+    if outcome.checks:
+        parts += [Text("Metrics to check", style="bold"), _checks(outcome.checks), Text()]
+    if outcome.as_expected:
+        parts.append(Text("As the scenario expects.", style="green"))
+    else:
+        parts += [Text(f"Not as expected: {difference}", style="red") for difference in outcome.differences]
+    print_diagnosis(outcome.diagnosis, console, title, Group(*parts))
+    console.print(
+        f"[dim]{outcome.seconds:.1f} s · kept in[/] {escape(str(outcome.folder))} "
+        f"[dim]· look:[/] lab board {escape(str(outcome.folder))}",
+        soft_wrap=True,
+    )
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console, title: str, *more: RenderableType) -> None:
+    """Print what is wrong with a run, where, since when, on what evidence, and how to repair it."""
+    colour = COLOUR[diagnosis.verdict]
+    parts: list[RenderableType] = []
+    for place, cause in enumerate(diagnosis.causes, 1):
+        parts += [_cause(place, cause), Text()]
+    if diagnosis.unexplained:
+        parts.append(Text("No cause that the lab knows explains:", style="bold yellow"))
+        parts += [Padding(Text(f"• {symptom.text}"), (0, 0, 0, 3)) for symptom in diagnosis.unexplained]
+        parts.append(Text())
+    parts += [_coverage(diagnosis), *([Text(), *more] if more else [])]
+    heading = Text.assemble((f" {diagnosis.verdict} ", f"bold {colour} reverse"), f" {title} ")
+    console.print(Panel(Group(*parts), title=heading, title_align="left", border_style=colour, padding=(1, 2)))
+
+
+def _cause(place: int, cause: Finding) -> RenderableType:
+    heading = Text.assemble((f"{place}. {cause.title}", "bold"), ("  " + cause.id, "dim"))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column()
+    where = cause.at or "the run as a whole"
+    also = f" (and {', '.join(cause.also_at[:4])}{', ...' if len(cause.also_at) > 4 else ''})" if cause.also_at else ""
+    facts.add_row("where", Text.assemble((where, "bold cyan"), also))
+    facts.add_row("since", f"step {cause.since_step}")
+    facts.add_row("evidence", Text("\n".join(f"• {text}" for text in cause.evidence)))
+    facts.add_row("", Text(f"explains {cause.score:.0%} of what was found", style="dim"))
+    facts.add_row("repair", Text(cause.repair))
+    if cause.look:
+        facts.add_row("look at", Text(cause.look))
+    if cause.refute:
+        facts.add_row("not it, if", Text(cause.refute))
+    return Group(heading, Padding(facts, (0, 0, 0, 3)))
+
+
+def _coverage(diagnosis: Diagnosis) -> RenderableType:
+    """What was checked, and what was not: a verdict is worth no more than that."""
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="dim", no_wrap=True)
+    lines.add_column()
+    found = {symptom.id for symptom in diagnosis.symptoms}
+    good = [title for id, title in diagnosis.checked.items() if id not in found]
+    lines.add_row("checked", Text("\n".join(f"✓ {title}" for title in good) or "nothing", style="green"))
+    if diagnosis.not_checked:
+        text = "\n".join(f"{id}: {reason}" for id, reason in diagnosis.not_checked.items())
+        lines.add_row("not checked", Text(text, style="yellow"))
+    return lines
+
+
+def _checks(checks: tuple[Check, ...]) -> RenderableType:
+    lines = Text()
+    for check in checks:
+        mark = ("✓ ", "green") if check.passed else ("✗ ", "red")
+        where = f" at {check.at}" if check.at else ""
+        on = {"broken": "on the broken run", "healthy": "on the healthy run", "both": "on both runs"}[check.on]
+        values = f"{_number(check.value)} here"
+        if check.twin_value is not None:
+            values += f", {_number(check.twin_value)} on the healthy twin"
+        lines.append_text(Text.assemble(mark, f"{check.metric}{where}: {values}", (f"  ({check.is_} {on})\n", "dim")))
+    lines.rstrip()
+    return Padding(lines, (0, 0, 0, 3))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

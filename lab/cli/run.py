@@ -1,0 +1,77 @@
+"""``lab run``: train, break, watch, diagnose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lab.cli.options import RUNS, json_option, load_catalogue, plugin_option, print_json
+from lab.errors import BadInput
+
+
+@click.command()
+@click.argument("scenario")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="In place of the scenario's seed.")
+@click.option("--steps", type=click.IntRange(1, 10_000_000), help="In place of the scenario's number of steps.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder; by default a new one in ./runs.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda, cuda:1, ...")
+@click.option("--twin/--no-twin", default=True, show_default=True, help="Run the healthy twin too, and compare.")
+@json_option
+@plugin_option
+def run(
+    scenario: str,
+    *,
+    seed: int | None,
+    steps: int | None,
+    out: Path | None,
+    device: str,
+    twin: bool,
+    as_json: bool,
+    plugins: tuple[str, ...],
+) -> int:
+    """Run SCENARIO (an id from `lab list scenarios`, or a .toml file) and diagnose it.
+
+    Exit status: 0 when everything is as the scenario expects, 1 when not.
+    """
+    from lab.scenario import load_scenario
+
+    catalogue = load_catalogue(plugins)
+    name, loaded = load_scenario(scenario)
+    changes = {key: value for key, value in (("seed", seed), ("steps", steps)) if value is not None}
+    loaded = loaded.model_copy(update=changes)
+    folder = out if out is not None else new_name(name, loaded.seed)
+
+    from lab.runtime.run import run_scenario
+
+    outcome = run_scenario(
+        name,
+        loaded,
+        catalogue,
+        folder,
+        device=device,
+        twin=twin,
+        tools=lambda: [tool() for tool in catalogue.plugins.values()],
+    )
+    if as_json:
+        print_json(outcome.to_dict())
+    else:
+        from rich.console import Console
+
+        from lab.cli.report import print_outcome
+
+        print_outcome(outcome, Console())
+    return 0 if outcome.as_expected else 1
+
+
+def new_name(name: str, seed: int) -> Path:
+    """Return a folder in ``runs`` that does not exist yet.
+
+    Raises:
+        BadInput: There are ten thousand of them.
+    """
+    for number in range(1, 10_000):
+        folder = RUNS / (f"{name}-{seed}" if number == 1 else f"{name}-{seed}-{number}")
+        if not folder.exists():
+            return folder
+    raise BadInput(f"{RUNS}: ten thousand runs of {name}; remove some, or give --out")
