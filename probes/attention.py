@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lab import Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,8 @@ class Attention(Probe):
 
     def lab_start(self, run: Run) -> None:
         self._run = run
-        self.read(run, "**.pattern", self._see)
+        if not self.read(run, "**.pattern", self._see):
+            raise NotChecked("no attention in this model names its pattern as a site")
 
     def _see(self, site: Site, pattern: Tensor) -> None:
         pattern = pattern.detach()[:1]  # [1 H T S]; training's own path computes one row for us

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pluggy
-import tomli_w
 import torch
 
-import lab
 from lab.catalogue import Catalogue, Fault, Plugin
 from lab.context import Run
 from lab.errors import BadInput
-from lab.files import METRICS, RUN
+from lab.files import new_folder, write_run_file
 from lab.manager import Manager
 from lab.runtime.engine import Engine
 from lab.scenario import CheckSection, Scenario, check_names, holds, make_faults
@@ -144,39 +139,6 @@ def run_once(
     finally:
         session.close()
     return diagnosis, run.history
-
-
-def new_folder(folder: Path) -> None:
-    """Make the folder of a run.
-
-    Raises:
-        BadInput: It holds a run already, or cannot be made.
-    """
-    if (folder / METRICS).exists():
-        raise BadInput(f"{folder}: holds a run already; choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS).touch()
-        (folder / METRICS).unlink()
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot hold a run: {error.strerror}") from None
-
-
-def write_run_file(folder: Path, name: str, scenario: dict[str, Any], seed: int) -> None:
-    """Write what the run is, and on what it ran."""
-    about = {
-        "run": {"scenario": name, "seed": seed, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
-        "versions": {
-            "breaklab": lab.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "pluggy": pluggy.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads()},
-        "scenario": scenario,
-    }
-    (folder / RUN).write_text(tomli_w.dumps(about), encoding="utf-8")
 
 
 def find_device(name: str) -> torch.device:

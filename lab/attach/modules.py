@@ -1,0 +1,84 @@
+"""Sites in a model that the lab did not write: the output of each module, by its name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lab.sites import Component, Site, Tap, sites_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.utils.hooks import RemovableHandle
+
+    from lab.sites import Sites
+
+
+class ModuleSites:
+    """The sites of any model. What the lab's own components declare inside themselves counts too.
+
+    Attributes:
+        sites: A site ``NAME.out`` for the output of each module; ``out`` for that of the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sites: Sites = sites_of(model)
+        self.sites.output = "out"
+        self._hooks: list[tuple[nn.Module, _Hook]] = []
+        self._handles: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            if not isinstance(module, Component) or not name:
+                site = Site(f"{name}.out" if name else "out", name)
+                self.sites.declare(site, self._attacher(module))
+        self.sites.on_detach(self.pause)
+
+    def _attacher(self, module: nn.Module) -> Callable[[Tap], None]:
+        def attach(tap: Tap) -> None:
+            hook = _Hook(module, tap)
+            self._hooks.append((module, hook))
+            self._handles.append(module.register_forward_hook(hook))
+
+        return attach
+
+    def pause(self) -> None:
+        """Take the hooks off: a model with hooks may take another path when it is evaluated."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def resume(self) -> None:
+        """Put the hooks back, if they are off."""
+        if not self._handles:
+            self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
+
+
+class _Hook:
+    """Passes a module's output through a tap. A copy of the module takes along only something that does nothing."""
+
+    def __init__(self, module: nn.Module, tap: Tap) -> None:
+        self.module, self.tap = module, tap
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        if module is not self.module:
+            return None
+        value = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(value, Tensor):
+            value = getattr(output, "logits", None)
+            if not isinstance(value, Tensor):
+                return None
+        passed = self.tap(value)
+        if passed is value:
+            return None
+        return (passed, *output[1:]) if isinstance(output, tuple) else passed
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> str:
+        return "_nothing"
+
+
+def _nothing(*_: Any) -> None:
+    """What is left of a hook in a copy of a watched model."""

@@ -1,0 +1,195 @@
+"""``lab.watch``: the lab around a training loop of your own.
+
+The same session, probes, rules and causes as in the lab's own runtime. Only the events come from elsewhere: from the
+model's forward pass, from ``backward``, and from the optimiser's step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lab.attach.intercept import CrossEntropyCalls, backward_calls
+from lab.attach.modules import ModuleSites
+from lab.catalogue import Plugin
+from lab.context import Batch, Run, Step, first_tensor
+from lab.files import new_folder, write_run_file
+from lab.manager import Manager, discover
+from lab.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from lab.catalogue import Catalogue
+    from lab.diagnosis.model import Diagnosis
+
+
+def watch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    out: str | Path | None = None,
+    plugins: Iterable[Plugin] = (),
+    catalogue: Catalogue | None = None,
+    examine_every: int = 10,
+) -> Watch:
+    """Watch a training loop, for as long as the block lasts::
+
+        with lab.watch(model, optimizer) as watching:
+            for inputs, targets in batches:
+                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        print(watching.diagnosis.verdict, [cause.title for cause in watching.diagnosis.causes])
+
+    A step is whatever lies between two calls of ``optimizer.step()``. Nothing about the training changes.
+
+    Args:
+        model: Any module.
+        optimizer: What trains it.
+        out: The run folder; by default a new one in ``runs``.
+        plugins: More to take part, such as a fault or a probe of your own.
+        catalogue: Where probes, rules and causes are found; by default everything that is installed.
+        examine_every: The cadence of experiments, in steps.
+
+    Raises:
+        BadInput: `out` holds a run already.
+    """  # noqa: D301
+    folder = Path(out) if out is not None else _new_name()
+    return Watch(model, optimizer, folder, tuple(plugins), catalogue or discover(), examine_every)
+
+
+def _new_name() -> Path:
+    number = 1
+    while (Path("runs") / f"watch-{number}").exists():
+        number += 1
+    return Path("runs") / f"watch-{number}"
+
+
+class Watch:
+    """A training loop that is being watched; see `watch`.
+
+    Attributes:
+        run: As hooks see it.
+        diagnosis: When the block has ended.
+    """
+
+    diagnosis: Diagnosis
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        folder: Path,
+        plugins: tuple[Plugin, ...],
+        catalogue: Catalogue,
+        examine_every: int,
+    ) -> None:
+        new_folder(folder)
+        write_run_file(folder, "watch", {}, torch.initial_seed() % 2**31)
+        manager = Manager()
+        parameter = next(model.parameters(), None)
+        device = parameter.device if parameter is not None else torch.device("cpu")
+        self.run = Run(folder, manager, device=device)
+        self._modules = ModuleSites(model)
+        self.run.attach(model, optimizer, self._modules.sites)
+        self._session = Session(self.run, catalogue, examine_every=examine_every)
+        for plugin in (*plugins, *(probe() for probe in catalogue.probes.values())):
+            manager.add(plugin)
+        self._functions = CrossEntropyCalls(self._cross_entropy)
+        self._undo = contextlib.ExitStack()
+        self._last = self.run.step
+        self._examined: Batch | None = None
+
+    def __enter__(self) -> Watch:
+        model, optimizer, undo = self.run.model, self.run.optimizer, self._undo
+        self._session.start()
+        undo.callback(model.register_forward_pre_hook(self._called, with_kwargs=True).remove)
+        undo.callback(model.register_forward_hook(self._answered).remove)
+        undo.callback(optimizer.register_step_pre_hook(self._before_update).remove)
+        undo.callback(optimizer.register_step_post_hook(self._updated).remove)
+        undo.enter_context(backward_calls(self._backward))
+        undo.callback(lambda: self._functions.turn(on=False))
+        self._begin(0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+        try:
+            if error is not None:
+                self.run.plugins.event("lab_error", self.run, error=error)
+            # The step that was begun after the last update holds no update: it is not one of the run's.
+            if self.run.history.last_step >= 0 and self.run.step.index > self.run.history.last_step:
+                self.run.step = self._last
+            if self._examined is not None:
+                self.run.step.batch = self._examined  # the newest whose targets are known
+            self.diagnosis = self._session.finish(ended=error is None)
+        finally:
+            self._session.close()
+
+    # ---------------------------------------------------------------- what the loop does
+
+    def _begin(self, index: int) -> None:
+        step = Step(index)
+        self._session.begin_step(step)
+        self._functions.turn(on=step.examined)
+
+    @property
+    def _training(self) -> bool:
+        return self.run.sites.mode == "train"
+
+    def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.run.sites.mode == "examine":
+            return
+        if model.training and torch.is_grad_enabled():
+            self.run.sites.mode = "train"
+            self._modules.resume()
+            self.run.step.batch = Batch(args, kwargs)
+        else:
+            self.run.sites.mode = "evaluate"
+            self._modules.pause()
+
+    def _answered(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self._training:
+            with contextlib.suppress(TypeError):
+                self.run.step.logits = first_tensor(output)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> None:
+        """Take the targets of a classifier, in the shape of the model's tokens where they are one for each."""
+        step = self.run.step
+        if not self._training or step.batch is None or not logits.requires_grad:
+            return
+        inputs = step.batch.inputs
+        if logits.dim() == 2:
+            step.logits = logits
+        elif inputs is not None and logits.dim() == inputs.dim() + 1:
+            step.logits = logits.movedim(1, -1)  # cross_entropy takes classes second
+        fits = inputs is not None and inputs.numel() == targets.numel()
+        step.batch.targets = targets.reshape(inputs.shape) if fits and inputs is not None else targets
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._training and loss.numel() == 1:
+            self.run.step.loss = loss
+
+    def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
+        step = self.run.step
+        step.lr = float(optimizer.param_groups[0]["lr"])
+        self._session.before_update(step)
+
+    def _updated(self, *_: Any) -> None:
+        step = self.run.step
+        self._session.end_step(step)
+        self._last = step
+        if step.examined:
+            self._examined = step.batch
+        self._begin(step.index + 1)
