@@ -204,9 +204,11 @@ class Manager(pluggy.PluginManager):
     def guard(self, plugin: Probe, function: Callable[P, None]) -> Callable[P, None]:
         """Wrap a function of a probe: if it raises, the probe is set aside and the run goes on."""
 
+        name = plugin_id(plugin)
+
         @functools.wraps(function)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-            if plugin_id(plugin) in self.set_aside:
+            if name in self.set_aside:
                 return
             try:
                 function(*args, **kwargs)

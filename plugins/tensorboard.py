@@ -1,4 +1,4 @@
-"""TensorBoard: a run's scalars, histograms and attention maps, its findings and diagnosis, and its settings."""
+"""TensorBoard: a run's scalars, histograms and attention maps, its findings, diagnosis and settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from lab import Artifact, Diagnosis, Finding, Row, Run, Step, Symptom
 
-# TensorBoard takes the columns of its table of runs from one run alone: so each run declares all of them, with
-# a value that gives the type, also those that it cannot fill in.
+# TensorBoard takes the columns of its table of runs from one run alone: so each run declares all of them,
+# with a value that gives the type, also those that it cannot fill in.
 NUMBERS = dict.fromkeys(("seed", "steps", "lr", "layers", "width", "heads"), 0)
 SETTINGS = {"scenario": "", "faults": ""} | NUMBERS
 
@@ -30,9 +30,9 @@ SMALL, LARGE = 256, 512  # pixels a side
 class TensorBoard(Plugin):
     """Writes event files into ``tensorboard`` in the run folder.
 
-    Scalars are named ``metric/site``, and are written for each of the first ten steps, each fifth, each examined
-    one, and each with a finding. Every histogram (of what is finite) and every image is written. Findings and the
-    diagnosis are texts, settings and results a row in the table of hyper-parameters.
+    Scalars are named ``metric/site``, and are written for each of the first ten steps, each fifth, each
+    examined one, and each with a finding. Every histogram (of what is finite) and every image is written.
+    Findings and the diagnosis are texts, settings and results a row in the table of hyper-parameters.
     """
 
     FIRST, EVERY = 10, 5  # steps
@@ -180,8 +180,8 @@ class _Scalars:
 def pixels(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     """Colour an image [height width] from 0 to its largest value; return it as [height width 3].
 
-    What is not finite is red. A small image is magnified, each value a square. A large one keeps the largest of
-    each block, so that a thin bright line above the diagonal is not lost.
+    What is not finite is red. A small image is magnified, each value a square. A large one keeps the largest
+    of each block, so that a thin bright line above the diagonal is not lost.
     """
     block = -(-max(values.shape) // LARGE)
     for axis, length in enumerate(values.shape):

@@ -24,6 +24,7 @@ class Activations(Probe):
     One norm serves as the test for NaN and infinity too: it is not finite when any value is not.
     """
 
+    PARTS_EVERY = 10
     HISTOGRAM_EVERY = 50
     HISTOGRAM_VALUES = 4096
 
@@ -32,7 +33,8 @@ class Activations(Probe):
         self._names: list[str] = []
         self._norms: list[Tensor] = []
         self._scales: list[float] = []
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._factors: dict[tuple[float, ...], Tensor] = {}
+        self._last: tuple[int, Tensor, Tensor] | None = None
         for site in run.sites.match("**"):
             if site.name.rpartition(".")[2] not in INSIDE_ATTENTION:
                 self.read(run, site.name, self._see)
@@ -41,23 +43,41 @@ class Activations(Probe):
         if not value.is_floating_point() or value.numel() == 0:
             return
         value = value.detach()
-        if self._last is not None and self._last[0].data_ptr() == value.data_ptr() and self._last[0].shape == value.shape:
-            norm = self._last[1]  # the same tensor under a second name
-        else:
-            norm = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
-        self._last = (value, norm)
+        norm = self._known_norm(value)
+        if norm is None:
+            return
         self._names.append(site.name)
         self._norms.append(norm)
         self._scales.append(value.numel() ** -0.5)
         if self._run.step.index % self.HISTOGRAM_EVERY == 0 and site.module.rpartition(".")[2].isdigit():
             flat = value.reshape(-1)
-            stride = max(1, len(flat) // self.HISTOGRAM_VALUES)
-            self._run.step.show("histogram", "activation", flat[::stride], site.name)
+            self._run.step.show("histogram", "activation", flat[:: max(1, len(flat) // self.HISTOGRAM_VALUES)], site.name)
+
+    def _known_norm(self, value: Tensor) -> Tensor | None:
+        """Return the norm of a tensor; that of the last one, under a second name; or None for a part of the last one.
+
+        What shares its memory with the tensor just read (heads split off, say) is as finite as that was, and its size
+        is of interest only now and then. What a fault put in its place has memory of its own.
+        """
+        memory = value.untyped_storage().data_ptr()
+        if self._last is not None and self._last[0] == memory:
+            if self._last[1].shape == value.shape:
+                return self._last[2]
+            if self._run.step.index % self.PARTS_EVERY:
+                return None
+            return torch.linalg.vector_norm(value)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(value, dtype=dtype)
+        self._last = (memory, value, norm)  # held, so that its memory is not given to another meanwhile
+        return norm
 
     def lab_step_end(self, step: Step) -> None:
         if self._norms:
-            scales = torch.tensor(self._scales).to(self._norms[0].device, non_blocking=True)
-            step.record_all("activation.rms", tuple(self._names), torch.stack(self._norms) * scales)
+            norms = torch.stack(self._norms)
+            scales = tuple(self._scales)
+            if scales not in self._factors:  # a few kinds of steps: the factors are sent to the device once for each
+                self._factors[scales] = torch.tensor(scales, device=norms.device)
+            step.record_all("activation.rms", tuple(self._names), norms * self._factors[scales])
         self._last = None
         for kept in (self._names, self._norms, self._scales):
             kept.clear()  # type: ignore[attr-defined]

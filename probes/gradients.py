@@ -15,19 +15,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@probe("gradients", title="Norm of the gradient of every parameter and at every output", cost="one norm a tensor")
+@probe("gradients", title="Norm of the gradient of every parameter, and at the output of every branch and block", cost="one norm a tensor")
 class Gradients(Probe):
-    """Records ``gradient.norm`` by parameter, ``gradient.site`` by output site, ``gradient.total`` before clipping,
+    """Records ``gradient.norm`` by parameter, ``gradient.site`` at the outputs of modules made of others, ``gradient.total`` before clipping,
     and ``gradient.carried``: the norm of what the gradients already held when the step's backward pass began.
     """
 
     def lab_start(self, run: Run) -> None:
         self._run = run
         self._seen: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, Tensor] | None = None
         self._begun = -1
         if run.sites.output:
             self.read(run, run.sites.output, self._backward_begins, grad=True)
-        self.read(run, "**.out", self._see, grad=True)
+        # Those made of other modules: what happens inside a leaf shows in the gradients of its parameters.
+        inner = {name for name, module in run.model.named_modules() if next(module.children(), None) is not None}
+        for site in run.sites.match("**.out"):
+            if site.module in inner:
+                self.read(run, site.name, self._see, grad=True)
 
     def _backward_begins(self, _site: Site, _value: Tensor) -> None:
         """The gradient at the output is the first of a backward pass; nothing has been added to any parameter yet."""
@@ -40,7 +45,9 @@ class Gradients(Probe):
         step.record("gradient.carried", _joint_norm(held) if held else 0.0)
 
     def _see(self, site: Site, value: Tensor) -> None:
-        self._seen[site.name] = torch.linalg.vector_norm(value.detach())
+        if self._last is None or self._last[0] is not value:
+            self._last = (value, torch.linalg.vector_norm(value))
+        self._seen[site.name] = self._last[1]  # a second name of one tensor costs nothing
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         held = {name: p.grad for name, p in run.parameters.items() if p.grad is not None and not p.grad.is_sparse}
@@ -54,6 +61,7 @@ class Gradients(Probe):
         if self._seen:
             step.record_all("gradient.site", tuple(self._seen), torch.stack(list(self._seen.values())))
             self._seen.clear()
+            self._last = None
 
 
 def _joint_norm(tensors: list[Tensor]) -> Tensor:

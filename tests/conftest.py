@@ -1,0 +1,63 @@
+"""What the tests share: a catalogue, and small runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+import torch
+
+from lab.manager import discover
+from lab.runtime.run import run_once
+from lab.scenario import FaultSection, Scenario, make_faults
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lab.catalogue import Catalogue, Plugin
+    from lab.diagnosis.model import Diagnosis
+    from lab.store import History
+
+# Two processes on two cores: a thread each.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> Catalogue:
+    return discover()
+
+
+class SmallRun(Protocol):
+    """Runs a small model for a few steps, with faults and more plugins."""
+
+    def __call__(
+        self, *plugins: Plugin, faults: list[dict[str, object]] | None = None, probes: bool = True, **changes: object
+    ) -> tuple[Diagnosis, History]: ...
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, catalogue: Catalogue) -> SmallRun:
+    count = 0
+
+    def run(
+        *plugins: Plugin, faults: list[dict[str, object]] | None = None, probes: bool = True, **changes: object
+    ) -> tuple[Diagnosis, History]:
+        nonlocal count
+        count += 1
+        scenario = Scenario.model_validate(
+            {
+                "title": "small",
+                "project": "decoder",
+                "steps": 12,
+                "model": {"layers": 2, "width": 32, "heads": 2, "context": 24},
+                "data": {"source": "markov", "batch": 4},
+                "probes": None if probes else [],
+                **changes,
+            }
+        )
+        sections = [FaultSection.model_validate(fault) for fault in faults or []]
+        made = make_faults(scenario.model_copy(update={"fault": sections}), catalogue, "small")
+        folder = tmp_path / f"run-{count}"
+        return run_once("small", scenario, catalogue, folder, made, torch.device("cpu"), list(plugins))
+
+    return run
