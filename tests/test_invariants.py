@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from conftest import SmallRun
 
-    from lab import Row, Run, Site, Step
+    from lab import Batch, Row, Run, Site, Step
 
 
 @lab.plugin("keeper", title="Keeps what a run ends with")
@@ -142,17 +142,16 @@ class HostCalls(TorchFunctionMode):
 
     NAMES = frozenset({"tolist", "numpy", "cpu", "__array__"})
 
-    def __init__(self, counts: list[str], device: torch.device) -> None:
+    def __init__(self, counts: list[str]) -> None:
         super().__init__()
-        self.counts, self.device = counts, device
+        self.counts = counts
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         kwargs = kwargs or {}
         if name in self.NAMES - {"numpy"}:  # `.cpu().numpy()` is one transfer: the first call makes it
             self.counts.append(name)
-        # `.to(run.device)` sends a batch to the model's device, which happens to be the host here.
-        if name == "to" and any(str(a) == "cpu" and a is not self.device for a in (*args[1:], *kwargs.values())):
+        if name == "to" and any(str(a) == "cpu" for a in (*args[1:], *kwargs.values())):
             self.counts.append("to cpu")
         return func(*args, **kwargs)
 
@@ -166,10 +165,18 @@ class Counter(lab.Plugin):
 
     def lab_step(self, run: Run) -> Generator[None, bool, bool]:
         self.counts: list[str] = []
-        self.modes = (HostCalls(self.counts, run.device), HostReads(self.counts))
+        self.modes = (HostCalls(self.counts), HostReads(self.counts))
         for mode in self.modes:
             mode.__enter__()
         return (yield)
+
+    def lab_batch(self) -> Generator[None, Batch, Batch]:
+        """A batch is sent to the model's device, which happens to be the host here: the other direction."""
+        before = len(self.counts)
+        batch = yield
+        assert set(self.counts[before:]) <= {"to cpu"}
+        del self.counts[before:]
+        return batch
 
     def lab_metrics(self, metrics: Row) -> None:
         if self.modes:
