@@ -51,9 +51,10 @@ class Causality(Probe):
         self._differentiate(run, step, batch.rows(ROWS), inputs.shape[1], everywhere=suspect)
 
     def _differentiate(self, run: Run, step: Step, batch: Batch, length: int, *, everywhere: bool) -> None:
-        rows = len(batch.inputs)  # type: ignore[arg-type]
+        assert batch.inputs is not None
+        rows = len(batch.inputs)
         # Another position in each row, and others in the next experiment.
-        places = (torch.arange(rows) * length // rows + step.index) % (length - 2) + 1  # [R]
+        places = (torch.arange(rows, device=batch.inputs.device) * length // rows + step.index) % (length - 2) + 1  # [R]
         with torch.enable_grad(), _Calls(run.model, rows, length, everywhere=everywhere) as calls:
             logits = run.call(batch)
             if calls.first is None:
@@ -119,7 +120,7 @@ def _shares(went: Tensor, came: Tensor, places: Tensor) -> tuple[Tensor, Tensor]
     rows = len(places)
     swap = came.shape[0] != rows
     out = went.transpose(0, 1) if went.shape[0] != rows else went
-    picked = out[torch.arange(rows, device=out.device), places.to(out.device)]  # [R ...]
+    picked = out[torch.arange(rows, device=out.device), places]  # [R ...]
     signs = torch.ones_like(picked)
     signs.view(-1)[::2] = -1.0  # a direction that no symmetry of the model cancels
     signs *= torch.linspace(0.5, 1.5, signs.shape[-1], device=signs.device, dtype=signs.dtype)
@@ -128,7 +129,7 @@ def _shares(went: Tensor, came: Tensor, places: Tensor) -> tuple[Tensor, Tensor]
         return None
     grad = grad.transpose(0, 1) if swap else grad
     size = grad.float().flatten(2).norm(dim=-1)  # [R T]
-    later = torch.arange(size.shape[1], device=size.device)[None] - places.to(size.device)[:, None]  # [R T]
+    later = torch.arange(size.shape[1], device=size.device)[None] - places[:, None]  # [R T]
     total = size.sum(-1).clamp_min(1e-30)  # [R]
     future = (size * (later > 0)).sum(-1) / total
     past = (size * (later < 0)).sum(-1) / total

@@ -190,7 +190,8 @@ def test_at_most_one_transfer_to_the_host_a_step(small_run: SmallRun) -> None:
     counter = Counter()
     small_run(counter, steps=23)
     assert len(counter.by_step) == 23
-    assert all(len(counts) == 1 for counts in counter.by_step), [c for c in counter.by_step if len(c) != 1][:2]
+    wrong = {step: counts for step, counts in enumerate(counter.by_step) if len(counts) != 1}
+    assert not wrong, wrong
 
 
 class Asks(lab.Probe):
