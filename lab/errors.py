@@ -37,6 +37,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; known: {shown}" + (", ..." if len(words) > 12 else "")
 
 
+def shown(value: object) -> str:
+    """Show what was found in a file, in few characters, whatever it is."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # tables in tables by the thousand; an integer of thousands of digits
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) < 60 else text[:57] + "..."
+
+
 def one_line(error: BaseException) -> str:
     """Say an exception in one line: its type and the first line of its text."""
     text = str(error).strip().splitlines()

@@ -22,7 +22,7 @@ import pluggy
 
 from lab import hookspecs
 from lab.catalogue import Catalogue, Fault, Plugin, Probe
-from lab.errors import BadInput, FaultFailed, LabError, NotChecked, nearest, one_line
+from lab.errors import BadInput, FaultFailed, LabError, NotChecked, nearest, one_line, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -53,10 +53,19 @@ def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Ca
     for point in importlib.metadata.entry_points(group=GROUP):
         try:
             for module in _family(importlib.import_module(point.module)):
+                _check_hooks_of_module(module, module.__name__)
                 catalogue.add_module(module, module.__name__)
-        except Exception as error:  # noqa: BLE001 - a stranger's package may raise anything
+        except BadInput as error:
+            catalogue.broken[f"{point.name} ({point.value})"] = str(error)
+        except (Exception, SystemExit) as error:  # a stranger's package may raise anything
             catalogue.broken[f"{point.name} ({point.value})"] = one_line(error)
-    for name in [*_from_toml(folder or Path()), *map(str, files)]:
+    settings = (folder or Path()) / "lab.toml"
+    for name in _from_toml(settings):
+        try:
+            _add_named(catalogue, name)
+        except BadInput as error:
+            raise BadInput(f"{settings}: plugins: {error}") from None
+    for name in map(str, files):
         _add_named(catalogue, name)
     return catalogue
 
@@ -69,40 +78,41 @@ def _family(module: ModuleType) -> list[ModuleType]:
     return [importlib.import_module(f"{module.__name__}.{name}") for name in names]
 
 
-def _from_toml(folder: Path) -> list[str]:
-    """Return what the key ``plugins`` of ``lab.toml`` lists, file names made relative to `folder`."""
-    path = folder / "lab.toml"
+def _from_toml(path: Path) -> list[str]:
+    """Return what the key ``plugins`` of ``lab.toml`` lists, file names taken from where that file is."""
     if not path.is_file():
         return []
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise BadInput(f"{path}: not TOML that can be read: {error}") from None
     unknown = sorted(set(settings) - {"plugins"})
     if unknown:
         raise BadInput(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], ['plugins'])}")
     names = settings.get("plugins", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"{path}: plugins: found {names!r}; it must be a list of file or module names")
-    return [str(folder / name) if name.endswith(".py") else name for name in names]
+        raise BadInput(f"{path}: plugins: found {shown(names)}; it must be a list of file or module names")
+    return [str(path.parent / name) if name.endswith(".py") else name for name in names]
 
 
 def _add_named(catalogue: Catalogue, name: str) -> None:
     path = Path(name)
     if name.endswith(".py") or path.exists():
-        module = _load_file(path)
+        modules = [_load_file(path)]
     else:
         try:
-            module = importlib.import_module(name)
-        except Exception as error:
+            modules = _family(importlib.import_module(name))
+        except (Exception, SystemExit) as error:
             raise BadInput(f"plugin {name}: {one_line(error)}; give a .py file or a module that imports") from None
-    for part in _family(module):
-        _check_hooks_of_module(part, name)
-        if not catalogue.add_module(part, name):
-            raise BadInput(f"plugin {name}: nothing in it is marked with @lab.fault, @lab.probe, @lab.plugin or @lab.rule")
+    for module in modules:
+        _check_hooks_of_module(module, name)
+    if not sum([catalogue.add_module(module, f"plugin {name}") for module in modules]):
+        raise BadInput(f"plugin {name}: nothing in it is marked with @lab.fault, @lab.probe, @lab.plugin or @lab.rule")
 
 
 def _load_file(path: Path) -> ModuleType:
+    if path.is_dir():
+        raise BadInput(f"plugin {path}: a folder; give a .py file or a module that imports")
     if not path.is_file():
         raise BadInput(f"plugin {path}: no such file")
     spec = importlib.util.spec_from_file_location(f"lab_plugin_{path.stem}", path)
@@ -112,8 +122,6 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except BadInput:
-        raise
     except (Exception, SystemExit) as error:
         raise BadInput(f"plugin {path}{_line_in(error, path)}: raised when loaded: {one_line(error)}") from None
     return module
@@ -122,7 +130,7 @@ def _load_file(path: Path) -> ModuleType:
 def _line_in(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return f" line {error.lineno}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.absolute()]
     return f" line {lines[-1]}" if lines else ""
 
 
@@ -143,6 +151,8 @@ def check_hooks(cls: type, where: str) -> None:
             continue
         if name not in HOOKS:
             raise BadInput(f"{where}: no hook {name!r}{nearest(name, HOOKS)}")
+        if not callable(getattr(cls, name)):
+            raise BadInput(f"{where}: {name} is a hook, and must be a method")
         known = set(inspect.signature(getattr(hookspecs, name)).parameters)
         for argument in list(inspect.signature(getattr(cls, name)).parameters)[1:]:
             if argument not in known:

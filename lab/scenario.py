@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from lab.catalogue import parameters
-from lab.errors import BadInput, nearest
+from lab.errors import BadInput, LabError, nearest, one_line, shown
 from lab.projects import PROJECTS
 from lab.shelf import find_scenarios
 
@@ -30,9 +30,9 @@ Amount = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A table of a scenario file. Unknown keys are refused."""
+    """A table of a scenario file. Unknown keys are refused, and values of another type: ``true`` is no 1."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -67,7 +67,7 @@ class TrainSection(Section):
 class FaultSection(BaseModel):
     """A fault: its id, and its parameters beside it (checked against the fault itself)."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", frozen=True, strict=True)
 
     id: str
 
@@ -189,7 +189,7 @@ def read_scenario(path: Path) -> Scenario:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not UTF-8 text; a scenario is a TOML file") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # more than TOMLDecodeError: an integer of 5000 digits
         raise BadInput(f"{path}: not valid TOML: {error}") from None
     try:
         return Scenario.model_validate(raw)
@@ -212,8 +212,9 @@ def _reason(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if message.startswith("found"):
         return message
-    found = repr(detail["input"])
-    return f"found {found if len(found) < 60 else found[:57] + '...'}; {message[:1].lower()}{message[1:]}"
+    if detail["type"] == "model_type":
+        message = "it should be a table"
+    return f"found {shown(detail['input'])}; {message[:1].lower()}{message[1:]}"
 
 
 def _dotted(loc: Iterable[int | str]) -> str:

@@ -31,12 +31,12 @@ class TensorBoard(Plugin):
     """Writes event files into ``tensorboard`` in the run folder.
 
     Scalars are named ``metric/site``, and are written for each of the first ten steps, each fifth, each
-    examined one, and each with a finding. Every histogram (of what is finite) and every image is written.
-    Findings and the diagnosis are texts, settings and results a row in the table of hyper-parameters.
+    examined one, each with a finding, and the last. Every image and every histogram, of what is finite, is
+    written. Findings and the diagnosis are texts; settings and results, a row of the hyper-parameters.
     """
 
     FIRST, EVERY = 10, 5  # steps
-    FLUSH_EVERY = 1  # second: a run that is killed can be read up to then
+    FLUSH_EVERY = 1  # second: what a killed run may lose, where TensorFlow is there to write the file
     QUEUE = 1000  # events: a full queue would make the training wait for the disk
 
     _writer: Any = None
@@ -52,11 +52,11 @@ class TensorBoard(Plugin):
         self._writer = EventFileWriter(str(run.folder / "tensorboard"), self.QUEUE, self.FLUSH_EVERY)
         self._write_text("scenario", _scenario(run), 0)
 
-    def lab_metrics(self, run: Run, step: Step, metrics: Row) -> None:
-        """Write the numbers of a step in one event, or hold them until something happens in this step."""
+    def lab_metrics(self, step: Step, metrics: Row) -> None:
+        """Write the numbers of a step in one event, or hold them until the step turns out to matter."""
         if self._held and self._held[0][0] != step.index:
             self._held.clear()
-        if self._due(run, step, metrics):
+        if self._due(step, metrics):
             self._write_row(step.index, metrics)
         else:
             self._held.append((step.index, metrics))
@@ -98,9 +98,8 @@ class TensorBoard(Plugin):
 
     # ---------------------------------------------------------------- what to write
 
-    def _due(self, run: Run, step: Step, metrics: Row) -> bool:
-        last = run.steps is not None and step.index == run.steps - 1
-        if step.examined or last or step.index < self.FIRST or step.index % self.EVERY == 0:
+    def _due(self, step: Step, metrics: Row) -> bool:
+        if step.examined or step.index < self.FIRST or step.index % self.EVERY == 0:
             return True
         # What is measured at a cadence of its own, as the loss on held-out data is, might never meet ours.
         known = self._scalars.get(metrics.columns)
@@ -178,7 +177,7 @@ class _Scalars:
 
 
 def pixels(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-    """Colour an image [height width] from 0 to its largest value; return it as [height width 3].
+    """Colour an image [height width] by square roots, 0 to the largest; return it as [height width 3].
 
     What is not finite is red. A small image is magnified, each value a square. A large one keeps the largest
     of each block, so that a thin bright line above the diagonal is not lost.
@@ -187,8 +186,8 @@ def pixels(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     for axis, length in enumerate(values.shape):
         values = np.maximum.reduceat(values, np.arange(0, length, block), axis=axis)
     finite = np.isfinite(values)
-    level = np.where(finite, values, 0.0)
-    level /= level.max() or 1.0
+    level = np.where(finite, values, 0.0).clip(min=0)
+    level = np.sqrt(level / (level.max() or 1.0))  # beside the 1 of the first row, 1/T would be black
     stops = np.linspace(0, 1, len(VIRIDIS))
     coloured = np.stack([np.interp(level, stops, channel) for channel in VIRIDIS.T], axis=-1)
     coloured[~finite] = RED

@@ -26,7 +26,7 @@ class ModuleSites:
     def __init__(self, model: nn.Module) -> None:
         self.sites: Sites = sites_of(model)
         self.sites.output = "out"
-        self._hooks: list[tuple[nn.Module, _Hook]] = []
+        self._hooks: list[tuple[nn.Module, Hook]] = []
         self._handles: list[RemovableHandle] = []
         for name, module in model.named_modules():
             if not isinstance(module, Component) or not name:
@@ -36,7 +36,7 @@ class ModuleSites:
 
     def _attacher(self, module: nn.Module) -> Callable[[Tap], None]:
         def attach(tap: Tap) -> None:
-            hook = _Hook(module, tap)
+            hook = Hook(module, _pass_through(tap))
             self._hooks.append((module, hook))
             self._handles.append(module.register_forward_hook(hook))
 
@@ -54,24 +54,14 @@ class ModuleSites:
             self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
 
 
-class _Hook:
-    """Passes a module's output through a tap. A copy of the module takes along only something that does nothing."""
+class Hook:
+    """A hook for one module. A copy or a pickle of the module takes along only something that does nothing."""
 
-    def __init__(self, module: nn.Module, tap: Tap) -> None:
-        self.module, self.tap = module, tap
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        self.module, self.function = module, function
 
-    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
-        if module is not self.module:
-            return None
-        value = output[0] if isinstance(output, tuple) and output else output
-        if not isinstance(value, Tensor):
-            value = getattr(output, "logits", None)
-            if not isinstance(value, Tensor):
-                return None
-        passed = self.tap(value)
-        if passed is value:
-            return None
-        return (passed, *output[1:]) if isinstance(output, tuple) else passed
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        return self.function(module, *args) if module is self.module else None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing
@@ -82,3 +72,20 @@ class _Hook:
 
 def _nothing(*_: Any) -> None:
     """What is left of a hook in a copy of a watched model."""
+
+
+def _pass_through(tap: Tap) -> Callable[..., Any]:
+    """Return a forward hook that offers a module's output to a tap."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        value = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(value, Tensor):
+            value = getattr(output, "logits", None)
+            if not isinstance(value, Tensor):
+                return None
+        passed = tap(value)
+        if passed is value:
+            return None
+        return (passed, *output[1:]) if isinstance(output, tuple) else passed
+
+    return hook

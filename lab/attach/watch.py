@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lab.attach.intercept import CrossEntropyCalls, backward_calls
-from lab.attach.modules import ModuleSites
+from lab.attach.modules import Hook, ModuleSites
 from lab.catalogue import Plugin
 from lab.context import Batch, Run, Step, first_tensor
 from lab.files import new_folder, write_run_file
@@ -112,8 +112,8 @@ class Watch:
     def __enter__(self) -> Watch:
         model, optimizer, undo = self.run.model, self.run.optimizer, self._undo
         self._session.start()
-        undo.callback(model.register_forward_pre_hook(self._called, with_kwargs=True).remove)
-        undo.callback(model.register_forward_hook(self._answered).remove)
+        undo.callback(model.register_forward_pre_hook(Hook(model, self._called), with_kwargs=True).remove)
+        undo.callback(model.register_forward_hook(Hook(model, self._answered)).remove)
         undo.callback(optimizer.register_step_pre_hook(self._before_update).remove)
         undo.callback(optimizer.register_step_post_hook(self._updated).remove)
         undo.enter_context(backward_calls(self._backward))

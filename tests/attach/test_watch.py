@@ -1,0 +1,188 @@
+"""The lab around a hand-written loop over `nn.TransformerEncoder`, which the lab did not write."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from attach_loops import LanguageModel, train
+
+import lab
+from lab.catalogue import FaultInfo, ProbeInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lab import Diagnosis, Run, Step
+
+MISSING = "encoder.layers.0.linear1.weight"
+
+
+def diagnosis_of(folder: Path, **options: Any) -> Diagnosis:
+    watch = train(folder, **options).watch
+    assert watch is not None
+    return watch.diagnosis
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_repaired_loop_is_healthy(tmp_path: Path, seed: int, batch_first: bool) -> None:
+    diagnosis = diagnosis_of(tmp_path / "run", seed=seed, batch_first=batch_first)
+    assert diagnosis.verdict == "healthy"
+    assert diagnosis.symptoms == ()
+    assert {"causality.future", "evaluation.random", "movement.unheld", "start.loss_high"} <= set(diagnosis.checked)
+    assert "pattern" in diagnosis.not_checked["attention.rows"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("bug", "cause", "at"),
+    [
+        ({"causal": False}, "mask.future_leak", "encoder.layers.0.self_attn"),
+        ({"causal": False, "batch_first": False}, "mask.future_leak", "encoder.layers.0.self_attn"),
+        ({"left_out": MISSING}, "optimizer.missing_parameter", MISSING),
+        ({"zero_grad": False}, "loop.no_zero_grad", "loop"),
+    ],
+)
+def test_each_bug_is_named(tmp_path: Path, bug: dict[str, Any], cause: str, at: str, seed: int) -> None:
+    diagnosis = diagnosis_of(tmp_path / "run", seed=seed, **bug)
+    assert diagnosis.verdict == "faulty"
+    assert [(found.id, found.at) for found in diagnosis.causes] == [(cause, at)]
+    assert diagnosis.causes[0].since_step <= 1
+    assert diagnosis.unexplained == ()
+
+
+def test_the_same_causes_and_probes_serve_a_loop_of_ones_own(tmp_path: Path) -> None:
+    diagnosis_of(tmp_path / "run")
+    results = lab.load(tmp_path / "run")
+    assert {"activation.rms", "gradient.norm", "update.ratio", "loss", "memory.process"} <= set(results.history.metrics)
+    assert "encoder.layers.1.self_attn.out" in results.table("activation.rms").columns
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_grad": False}, {"evaluate": True}, {"causal": False}])
+def test_watching_changes_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    bare, seen = train(None, **options), train(tmp_path / "run", **options)
+    assert bare.losses == seen.losses
+    assert all(map(torch.equal, bare.weights, seen.weights))
+
+
+def test_a_watched_model_is_left_without_a_trace(tmp_path: Path) -> None:
+    model = LanguageModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward, before = torch.Tensor.backward, [dict(vars(m)) for m in model.modules()]
+    hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+    with lab.watch(model, optimizer, out=tmp_path / "run"):
+        assert torch.Tensor.backward is not backward
+    assert torch.Tensor.backward is backward
+    assert [dict(vars(m)).keys() for m in model.modules()] == [kept.keys() for kept in before]
+    assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_copy_of_a_watched_model_is_not_watched(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tokens = torch.randint(50, (2, 8))
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        model(tokens).square().mean().backward()
+        optimizer.step()
+        twin = copy.deepcopy(model)
+        file = io.BytesIO()
+        torch.save(model.encoder, file)
+        seen = len(watch.run.step._scalars)
+        twin(tokens)
+        assert len(watch.run.step._scalars) == seen
+    assert watch.diagnosis.verdict in ("healthy", "inconclusive")
+
+
+def test_a_loop_that_crashes_is_diagnosed_until_there(tmp_path: Path) -> None:
+    model = LanguageModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watching = lab.watch(model, optimizer, out=tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), watching:
+        model(torch.randint(50, (2, 8))).square().mean().backward()
+        optimizer.step()
+        _ = 1 // 0
+    assert watching.diagnosis.verdict == "inconclusive"
+    assert "1 step" in watching.diagnosis.not_checked["the rest of the run"]
+
+
+def test_a_model_that_is_not_one_of_language_is_watched(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(15):
+            x = torch.randn(8, 4)
+            optimizer.zero_grad()
+            (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+    assert watch.diagnosis.verdict == "healthy"
+    assert "tokens" in watch.diagnosis.not_checked["causality.future"]
+    assert "movement.unheld" in watch.diagnosis.checked
+
+
+class Burst(lab.Fault):
+    """A fault aimed at a module that the lab did not write."""
+
+    info = FaultInfo("test.burst", "", "numerics.nonfinite", "activation.rms", "")
+
+    def lab_start(self, run: Run) -> None:
+        self.replace(run, "encoder.layers.1.linear1.out", self.change)
+
+    def change(self, value: Tensor) -> Tensor:
+        return value.masked_fill(torch.ones_like(value, dtype=torch.bool), float("inf"))
+
+
+def test_a_fault_can_be_aimed_at_any_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lab.watch(model, optimizer, out=tmp_path / "run", plugins=[Burst(from_step=2)]) as watch:
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randint(50, (2, 8))).square().mean().backward()
+            optimizer.step()
+    best = watch.diagnosis.causes[0]
+    assert (best.id, best.at, best.since_step) == ("numerics.nonfinite", "encoder.layers.1.linear1.out", 2)
+
+
+def test_accumulated_gradients_are_not_taken_for_a_missing_zero_grad(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(6):
+            for _ in range(3):
+                model(torch.randint(50, (2, 8))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert watch.diagnosis.verdict == "healthy"
+
+
+class Raises(lab.Probe):
+    info = ProbeInfo("test.raises", "", 1, "", examines=False)
+
+    def lab_step_end(self, step: Step) -> None:
+        if step.index == 2:
+            raise RuntimeError("out of ideas")
+
+
+def test_a_raising_probe_is_named_and_the_loop_goes_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with lab.watch(model, optimizer, out=tmp_path / "run", plugins=[Raises()]) as watch:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randint(50, (2, 8))).square().mean().backward()
+            optimizer.step()
+    assert watch.diagnosis.verdict == "inconclusive"
+    assert "out of ideas" in watch.run.plugins.set_aside["test.raises"]
