@@ -66,12 +66,16 @@ class Hook:
     def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing
 
-    def __reduce__(self) -> str:
-        return "_nothing"
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _idle, ()
 
 
 def _nothing(*_: Any) -> None:
     """What is left of a hook in a copy of a watched model."""
+
+
+def _idle() -> Callable[..., None]:
+    return _nothing
 
 
 def _pass_through(tap: Tap) -> Callable[..., Any]:

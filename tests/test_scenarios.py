@@ -1,0 +1,38 @@
+"""The shipped scenarios end as expected, and the healthy ones have no symptom, on five seeds each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lab.runtime.run import run_scenario
+from lab.scenario import load_scenario
+from lab.shelf import find_scenarios
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lab.catalogue import Catalogue
+
+NAMES = sorted(find_scenarios())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scenario_ends_as_expected(tmp_path: Path, catalogue: Catalogue, name: str, seed: int) -> None:
+    scenario = load_scenario(name)[1].model_copy(update={"seed": seed})
+    outcome = run_scenario(name, scenario, catalogue, tmp_path / "run", twin=seed == 0)
+    assert outcome.differences == ()
+    if not scenario.fault:
+        assert outcome.diagnosis.verdict == "healthy"
+        assert outcome.diagnosis.symptoms == ()
+        assert not outcome.diagnosis.not_checked
+    else:
+        assert len(outcome.diagnosis.causes) == 1
+        assert outcome.diagnosis.unexplained == ()
+
+
+def test_there_is_a_scenario_for_each_fault(catalogue: Catalogue) -> None:
+    used = {section.id for name in NAMES for section in load_scenario(name)[1].fault}
+    assert used == set(catalogue.faults)
