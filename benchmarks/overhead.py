@@ -147,14 +147,16 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        print(peak(*options.peak, 24))
+        size, kind = options.peak
+        print(peak(size, kind, 24))
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {BATCH} x {CONTEXT}, {options.steps} steps")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, batch {BATCH} x {CONTEXT}, {options.steps} steps", flush=True)
     for size in [options.size] if options.size else SIZES:
         figures = compare(size, options.steps)
         if options.memory:
             figures["peak memory"] = peak_in_child(size, "watched") / peak_in_child(size, "bare")
-        print(f"{size:>16}: " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        print(f"{size:>16}: " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from annotated_types import Interval
 from lab import Cause, Fault, fault
 
 if TYPE_CHECKING:
-    from lab import Run
     from torch import Tensor
+
+    from lab import Run
 
 FUTURE_LEAK = Cause(
     id="mask.future_leak",
@@ -20,7 +21,8 @@ FUTURE_LEAK = Cause(
     cannot=("causality.blind",),
     locate=("causality.leak",),
     repair="Mask the scores above the diagonal before the softmax: is_causal=True, or "
-    "scores.masked_fill(~torch.ones(T, T, dtype=bool).tril(), -inf). In nn.TransformerEncoder pass mask=...; it has none.",
+    "scores.masked_fill(~torch.ones(T, T, dtype=bool).tril(), -inf). To nn.TransformerEncoder pass mask=...; "
+    "by itself it has none.",
     refute="d out_i / d x_j is 0 for all j > i.",
     look="The mask of the layer named, and its diagonal: an offset of one is enough.",
     source="Vaswani et al., 2017, section 3.2.3",

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from lab import Cause, Fault, fault
+from lab import Cause, Fault, fault, torch
 
 if TYPE_CHECKING:
-    from lab import Run
     from torch import Tensor
+
+    from lab import Run
 
 NONFINITE = Cause(
     id="numerics.nonfinite",
@@ -59,6 +60,6 @@ class NonFinite(Fault):
     def change(self, value: Tensor) -> Tensor:
         if (self.run.step.index - self.from_step) % self.every:
             return value
-        first = value.new_zeros(value.numel(), dtype=bool)
+        first = torch.zeros(value.numel(), dtype=torch.bool, device=value.device)
         first[0] = True
         return value.masked_fill(first.view(value.shape), float(self.value))

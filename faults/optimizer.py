@@ -9,8 +9,9 @@ from lab import BadInput, Cause, Fault, fault
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from lab import Run
     from torch.optim import Optimizer
+
+    from lab import Run
 
 MISSING = Cause(
     id="optimizer.missing_parameter",

@@ -6,6 +6,7 @@ Nothing here imports torch: the catalogue is listed before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -13,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 from lab.diagnosis.model import Basis, Cause, Phase, Symptom
-from lab.errors import BadInput, nearest
+from lab.errors import BadInput, FaultFailed, LabError, nearest, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Generator, Iterable
     from types import ModuleType
 
     from torch import Tensor
@@ -116,7 +117,12 @@ class Fault(Plugin):
         Raises:
             BadInput: No site matches.
         """
-        run.sites.replace(pattern, change, lambda: self.active(run), grad=grad)
+
+        def named(value: Tensor) -> Tensor:
+            with naming(self):
+                return change(value)
+
+        run.sites.replace(pattern, named, lambda: self.active(run), grad=grad)
 
 
 class Probe(Plugin):
@@ -139,9 +145,7 @@ class Probe(Plugin):
 
 
 @dataclass_transform(kw_only_default=True)
-def fault(
-    id: str, *, title: str, cause: str, moves: str, repair: str
-) -> Callable[[type[T]], type[T]]:
+def fault(id: str, *, title: str, cause: str, moves: str, repair: str) -> Callable[[type[T]], type[T]]:
     """Mark a class as a fault.
 
     Args:
@@ -191,9 +195,7 @@ def plugin(id: str, *, title: str) -> Callable[[type[T]], type[T]]:
     return mark
 
 
-def rule(
-    id: str, *, title: str, reads: tuple[str, ...], basis: Basis, phase: Phase = "run"
-) -> Callable[[Judge], Rule]:
+def rule(id: str, *, title: str, reads: tuple[str, ...], basis: Basis, phase: Phase = "run") -> Callable[[Judge], Rule]:
     """Make a rule of a function that takes a `History` and yields symptoms; it may raise `NotChecked`."""
 
     def mark(judge: Judge) -> Rule:
@@ -215,6 +217,29 @@ def pattern_of(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\*\*\.|\.\*\*|\*\*|\*)", pattern)
     meaning = {"**.": r"(?:.*\.)?", ".**": r"(?:\..*)?", "**": ".*", "*": r"[^.]*"}
     return re.compile("".join(meaning.get(part) or re.escape(part) for part in parts))
+
+
+@contextlib.contextmanager
+def naming(fault: object, but: object = None) -> Generator[None, None, None]:
+    """Name the fault in whatever is raised in the block, but for `but`, which it was only handed on.
+
+    Raises:
+        FaultFailed: Something was raised.
+    """
+    try:
+        yield
+    except (LabError, StopIteration):
+        raise
+    except Exception as error:
+        if error is but:
+            raise
+        raise FaultFailed(f"the fault {plugin_id(fault)} raised {one_line(error)}") from error
+
+
+def plugin_id(plugin: object) -> str:
+    """Return the id under which a plugin is listed, or the name of its class."""
+    info = getattr(plugin, "info", None)
+    return info.id if info is not None else type(plugin).__name__
 
 
 def _doc(thing: Any) -> str:
@@ -294,4 +319,4 @@ def _origin(thing: object) -> str:
 
 def parameters(cls: type[Fault]) -> dict[str, dataclasses.Field[Any]]:
     """Return the parameters of a fault by name, `at` and `from_step` first."""
-    return {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {f.name: f for f in dataclasses.fields(cls)}

@@ -132,7 +132,7 @@ class Step:
             artifacts.append(Artifact(kind, name, site, values))
             at += value.numel()
         for kept in (self._numbers, self._scalars, self._vectors, self._shown):
-            kept.clear()  # type: ignore[attr-defined]
+            kept.clear()
         return Row(tuple(columns), host[:count].copy()), artifacts
 
 

@@ -13,11 +13,11 @@ class LabError(Exception):
     """Any error that the lab raises on purpose. Its text is one line, written for the person at the keyboard."""
 
 
-class BadInput(LabError):
+class BadInput(LabError):  # noqa: N818 - the name says what it is
     """What a person gave cannot be used. The text says what, where, and what would be right."""
 
 
-class FaultFailed(LabError):
+class FaultFailed(LabError):  # noqa: N818 - likewise
     """A fault raised. The run ends, since a run that is half broken shows nothing."""
 
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import pluggy
 
 from lab import hookspecs
-from lab.catalogue import Catalogue, Fault, Plugin, Probe
-from lab.errors import BadInput, FaultFailed, LabError, NotChecked, nearest, one_line, shown
+from lab.catalogue import Catalogue, Fault, Plugin, Probe, naming, plugin_id
+from lab.errors import BadInput, FaultFailed, NotChecked, nearest, one_line, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -57,7 +57,7 @@ def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Ca
                 catalogue.add_module(module, module.__name__)
         except BadInput as error:
             catalogue.broken[f"{point.name} ({point.value})"] = str(error)
-        except (Exception, SystemExit) as error:  # a stranger's package may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's package may raise anything
             catalogue.broken[f"{point.name} ({point.value})"] = one_line(error)
     settings = (folder or Path()) / "lab.toml"
     for name in _from_toml(settings):
@@ -102,7 +102,7 @@ def _add_named(catalogue: Catalogue, name: str) -> None:
     else:
         try:
             modules = _family(importlib.import_module(name))
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises is told in one line
             raise BadInput(f"plugin {name}: {one_line(error)}; give a .py file or a module that imports") from None
     for module in modules:
         _check_hooks_of_module(module, name)
@@ -122,7 +122,7 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises is told in one line
         raise BadInput(f"plugin {path}{_line_in(error, path)}: raised when loaded: {one_line(error)}") from None
     return module
 
@@ -209,11 +209,11 @@ class Manager(pluggy.PluginManager):
         for caller in self.get_hookcallers(plugin) or ():
             for impl in caller.get_hookimpls():
                 if impl.plugin is plugin:
-                    impl.function = guard(plugin, impl.function)
+                    guarded: Any = impl  # `function` is final to a type checker, and ours to wrap before the first call
+                    guarded.function = guard(plugin, impl.function)
 
     def guard(self, plugin: Probe, function: Callable[P, None]) -> Callable[P, None]:
         """Wrap a function of a probe: if it raises, the probe is set aside and the run goes on."""
-
         name = plugin_id(plugin)
 
         @functools.wraps(function)
@@ -244,75 +244,67 @@ class Manager(pluggy.PluginManager):
             except NotChecked as reason:
                 self.declined[name] = str(reason)
                 return None
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001 - a stranger's probe may raise anything
                 self.put_aside(plugin, error)
                 return None
             self.declined.pop(name, None)
             return None if isinstance(plugin, Probe) else answer  # a probe changes nothing
 
         def wrap(*args: Any) -> Generator[Any, Any, Any]:
-            if name in self.set_aside:
-                return (yield)
-            inside = function(*args)
-            try:
-                next(inside)
-            except Exception as error:  # noqa: BLE001
-                self.put_aside(plugin, error)
-                return (yield)
+            inside = None if name in self.set_aside else self._opened(plugin, function(*args))
             try:
                 answer = yield
             except BaseException as error:
-                self._close(plugin, lambda: inside.throw(error), error)
+                if inside is not None:
+                    self._closed(plugin, inside.throw, error)
                 raise
-            self._close(plugin, lambda: inside.send(answer), None)
+            if inside is not None:
+                self._closed(plugin, inside.send, answer)
             return answer  # whatever a watcher answers, the run keeps its own
 
         return wrap if inspect.isgeneratorfunction(function) else listen
 
-    def _close(self, plugin: Plugin, resume: Callable[[], Any], expected: BaseException | None) -> None:
-        """Let a watching wrapper finish; what it raises of its own sets it aside."""
+    def _opened(self, plugin: Plugin, inside: Generator[Any, Any, Any]) -> Generator[Any, Any, Any] | None:
+        """Run a watching wrapper up to its yield; None when it raised and was set aside."""
         try:
-            resume()
+            next(inside)
+        except Exception as error:  # noqa: BLE001
+            self.put_aside(plugin, error)
+            return None
+        return inside
+
+    def _closed(self, plugin: Plugin, resume: Callable[[Any], Any], given: Any) -> None:
+        """Let a watching wrapper finish, with an answer or an error; what it raises of its own sets it aside."""
+        try:
+            resume(given)
         except StopIteration:
             return
-        except Exception as error:  # noqa: BLE001
-            if error is not expected:
+        except BaseException as error:  # noqa: BLE001
+            if error is not given:
                 self.put_aside(plugin, error)
         else:
             self.put_aside(plugin, RuntimeError("a hook that wraps must yield once"))
 
     def _named(self, plugin: Plugin, function: Callable[..., Any]) -> Callable[..., Any]:
-        def failed(error: Exception) -> FaultFailed:
-            return FaultFailed(f"the fault {plugin_id(plugin)} raised {one_line(error)}")
-
         def act(*args: Any) -> Any:
-            try:
+            with naming(plugin):
                 return function(*args)
-            except LabError:
-                raise
-            except Exception as error:
-                raise failed(error) from error
 
         def wrap(*args: Any) -> Generator[Any, Any, Any]:
             inside = function(*args)
-            received: BaseException | None = None
-            try:
+            with naming(plugin):
                 next(inside)
-                try:
-                    answer = yield
-                except BaseException as error:
-                    received = error
-                    inside.throw(error)
-                else:
-                    inside.send(answer)
+            try:
+                answer = yield
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the wrapper is told
+                resume, given = inside.throw, error
+            else:
+                resume, given = inside.send, answer
+            try:
+                with naming(plugin, but=given):
+                    resume(given)
             except StopIteration as stop:
                 return stop.value
-            except LabError:
-                raise
-            except Exception as error:
-                if error is received:
-                    raise
-                raise failed(error) from error
             raise FaultFailed(f"the fault {plugin_id(plugin)} must yield once where it wraps a hook")
 
         return wrap if inspect.isgeneratorfunction(function) else act
@@ -320,9 +312,3 @@ class Manager(pluggy.PluginManager):
     def event(self, name: str, run: Run, **arguments: Any) -> None:
         """Fire an event."""
         getattr(self.hook, name)(run=run, **arguments)
-
-
-def plugin_id(plugin: object) -> str:
-    """Return the id under which a plugin is listed, or the name of its class."""
-    info = getattr(plugin, "info", None)
-    return info.id if info is not None else type(plugin).__name__

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lab.diagnosis.diagnose import diagnose
 from lab.errors import BadInput, nearest
-from lab.manager import discover
 from lab.files import FINDINGS, METRICS, RUN
+from lab.manager import discover
 from lab.store import read_history
 
 if TYPE_CHECKING:

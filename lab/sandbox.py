@@ -50,17 +50,18 @@ def _put_back(tensor: Tensor, version: int, value: Tensor) -> None:
     if tensor.data_ptr() != value.data_ptr():
         tensor.data.copy_(value)
     if tensor._version != version:
-        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+        # What torch.autograd._unsafe_preserve_version_counter does when its block ends.
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))  # noqa: SLF001
 
 
 def _random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         import numpy as np
 
-        state["numpy"] = np.random.get_state()  # noqa: NPY002 - the global state is what is put back
+        state["numpy"] = np.random.get_state()
     return state
 
 
@@ -72,4 +73,4 @@ def _set_random_state(state: dict[str, Any]) -> None:
     if "numpy" in state:
         import numpy as np
 
-        np.random.set_state(state["numpy"])  # noqa: NPY002
+        np.random.set_state(state["numpy"])

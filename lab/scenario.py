@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from lab.catalogue import parameters
-from lab.errors import BadInput, LabError, nearest, one_line, shown
+from lab.errors import BadInput, nearest, shown
 from lab.projects import PROJECTS
 from lab.shelf import find_scenarios
 
@@ -95,18 +95,16 @@ def _condition(text: str) -> str:
 
 def holds(condition: str, value: float) -> bool:
     """Whether a value meets a condition such as ``above 1e-6``. NaN is neither above nor below anything."""
-    for name, form in CONDITIONS.items():
-        match = form.fullmatch(condition)
-        if match:
-            numbers = [float(n) for n in match.groups()]
-            return {
-                "above": lambda: value > numbers[0],
-                "below": lambda: value < numbers[0],
-                "between": lambda: numbers[0] <= value <= numbers[1],
-                "finite": lambda: math.isfinite(value),
-                "not finite": lambda: not math.isfinite(value),
-            }[name]()
-    raise ValueError(condition)
+    _condition(condition)
+    word, *rest = condition.split()
+    numbers = [float(part) for part in rest if part not in ("and", "finite")]
+    if word == "above":
+        return value > numbers[0]
+    if word == "below":
+        return value < numbers[0]
+    if word == "between":
+        return numbers[0] <= value <= numbers[1]
+    return math.isfinite(value) == (word == "finite")
 
 
 Take = Literal["last", "first", "max", "min", "mean"]

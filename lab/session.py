@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lab.store import Row
 
 
-
 class Session:
     """Watches one run.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,9 @@ class Entry:
 
 def find_scenarios() -> dict[str, Entry]:
     """Return the scenarios by id, in the order of the projects."""
-    import lab.scenarios
-
+    root = Path(importlib.import_module("lab.scenarios").__path__[0])
     found = {}
-    for path in sorted(Path(lab.scenarios.__path__[0]).glob("*/*.toml")):
+    for path in sorted(root.glob("*/*.toml")):
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         found[path.stem] = Entry(path.stem, path, str(raw.get("title", "")), str(raw.get("project", "")))
     return found

@@ -30,7 +30,7 @@ class Component(nn.Module):
 
     Attributes:
         SITES: Name of each site to its shape, in the order of the forward pass; a letter a dimension:
-            B batch, T position (S where it is attended to), C width, H heads, D width of a head, F hidden, V vocabulary.
+            B batch, T position (S where it is attended to), C width, H heads, D width of a head, F hidden, V vocabulary
         transparent: Its sites carry the parent's name: the core of an attention layer is not a place of its own.
         fan_in: How many inputs each output of ``weight`` sums, where the shape does not say so (a look-up sums one).
     """
@@ -46,7 +46,7 @@ class Component(nn.Module):
         return value if tap is None else tap(value)
 
     def replaced(self, *names: str) -> bool:
-        """Whether a fault that is active replaces a value at one of these sites."""
+        """Whether a fault that is active replaces a value or a gradient at one of these sites."""
         taps = self._taps
         return any(name in taps and taps[name].replaced for name in names) if taps else False
 
@@ -111,7 +111,7 @@ class Tap:
     @property
     def replaced(self) -> bool:
         """Whether a writer is active now."""
-        return any(writer.active() for writer in self.writers)
+        return any(writer.active() for writer in (*self.writers, *self.grad_writers))
 
     @property
     def wanted(self) -> bool:
@@ -120,6 +120,7 @@ class Tap:
         return any(mode in reader.modes and reader.due() for reader in self.readers)
 
     def __call__(self, value: Tensor) -> Tensor:
+        """Pass a value through: what replaces first, what reads after it."""
         for writer in self.writers:
             if writer.active():
                 value = writer.change(value)
@@ -186,7 +187,7 @@ class Sites:
         return list(self._known)
 
     def match(self, pattern: str) -> list[Site]:
-        """Return the sites whose name, or whose module's name, matches.
+        """Return the sites whose name matches.
 
         ``*`` stands for any text within one part of a name, ``**`` for any number of parts.
         """

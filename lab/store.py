@@ -10,13 +10,15 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lab.errors import BadInput
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Values = npt.NDArray[np.float64]
 Columns = tuple[tuple[str, str], ...]
@@ -177,7 +179,9 @@ class Store:
             rows = [(layout, i, metric, site) for i, (metric, site) in enumerate(row.columns)]
             self._db.executemany("INSERT INTO columns VALUES (?, ?, ?, ?)", rows)
         now = time.monotonic()
-        self._db.execute("INSERT INTO steps VALUES (?, ?, ?, ?)", (step, layout, now - self._begun, row.values.tobytes()))
+        self._db.execute(
+            "INSERT INTO steps VALUES (?, ?, ?, ?)", (step, layout, now - self._begun, row.values.tobytes())
+        )
         if now - self._committed > self.COMMIT_EVERY:
             self.commit()
 
@@ -218,7 +222,9 @@ def read_history(path: Path) -> History:
         db = _connect(path)
         try:
             layouts: dict[int, list[tuple[str, str]]] = {}
-            for layout, metric, site in db.execute("SELECT layout, metric, site FROM columns ORDER BY layout, position"):
+            for layout, metric, site in db.execute(
+                "SELECT layout, metric, site FROM columns ORDER BY layout, position"
+            ):
                 layouts.setdefault(layout, []).append((metric, site))
             columns = {layout: tuple(names) for layout, names in layouts.items()}
             for step, layout, data in db.execute("SELECT step, layout, data FROM steps ORDER BY rowid"):

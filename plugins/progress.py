@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from lab import Plugin, plugin
 
 if TYPE_CHECKING:
-    from lab import Diagnosis, Row, Run, Step, Symptom
     from rich.progress import Progress, TaskID
+
+    from lab import Row, Run, Step, Symptom
 
 
 @plugin("progress", title="Progress bar with loss and time left")
@@ -47,10 +48,10 @@ class ProgressBar(Plugin):
         if self._progress is not None:
             self._progress.console.print(f"[yellow]step {step.index}[/] {symptom.text}", highlight=False)
 
-    def lab_end(self, diagnosis: Diagnosis) -> None:
+    def lab_end(self) -> None:
         self._stop()
 
-    def lab_error(self, error: BaseException) -> None:
+    def lab_error(self) -> None:
         self._stop()
 
     def _stop(self) -> None:

@@ -11,8 +11,9 @@ from lab import Probe, Symptom, probe, rule, torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab import History, Run, Site, Step
     from torch import Tensor
+
+    from lab import History, Run, Site, Step
 
 INSIDE_ATTENTION = {"mask", "scores", "pattern"}  # made only when someone asks; see probes.attention
 
@@ -51,7 +52,9 @@ class Activations(Probe):
         self._scales.append(value.numel() ** -0.5)
         if self._run.step.index % self.HISTOGRAM_EVERY == 0 and site.module.rpartition(".")[2].isdigit():
             flat = value.reshape(-1)
-            self._run.step.show("histogram", "activation", flat[:: max(1, len(flat) // self.HISTOGRAM_VALUES)], site.name)
+            self._run.step.show(
+                "histogram", "activation", flat[:: max(1, len(flat) // self.HISTOGRAM_VALUES)], site.name
+            )
 
     def _known_norm(self, value: Tensor) -> Tensor | None:
         """Return the norm of a tensor; that of the last one, under a second name; or None for a part of the last one.
@@ -65,9 +68,10 @@ class Activations(Probe):
                 return self._last[2]
             if self._run.step.index % self.PARTS_EVERY:
                 return None
-            return torch.linalg.vector_norm(value)
+            part: Tensor = torch.linalg.vector_norm(value)
+            return part
         dtype = torch.promote_types(value.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(value, dtype=dtype)
+        norm: Tensor = torch.linalg.vector_norm(value, dtype=dtype)
         self._last = (memory, value, norm)  # held, so that its memory is not given to another meanwhile
         return norm
 
@@ -80,7 +84,7 @@ class Activations(Probe):
             step.record_all("activation.rms", tuple(self._names), norms * self._factors[scales])
         self._last = None
         for kept in (self._names, self._norms, self._scales):
-            kept.clear()  # type: ignore[attr-defined]
+            kept.clear()
 
 
 @rule("value.nonfinite", title="Every value is finite", reads=("activation.rms",), basis="theory", phase="forward")

@@ -11,14 +11,21 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab import History, Run, Site
     from torch import Tensor
 
+    from lab import History, Run, Site
 
-@probe("attention", title="Entropy, row sums and mass on the future of each attention pattern", every=10,
-       cost="one layer's scores for one row of the batch, computed aside")
+
+@probe(
+    "attention",
+    title="Entropy, row sums and mass on the future of each attention pattern",
+    every=10,
+    cost="one layer's scores for one row of the batch, computed aside",
+)
 class Attention(Probe):
-    """Records for each attention pattern ``attention.entropy`` (nats, the mean over rows), ``attention.row_error`` (the
+    """Looks at each attention pattern, for one row of the batch.
+
+    Records ``attention.entropy`` (nats, the mean over rows), ``attention.row_error`` (the
     largest distance of a row's sum from 1; a row that may see nothing sums to 0), ``attention.future`` (the largest
     share of a row that lies on later positions), and an image of the first head.
     """
@@ -36,7 +43,9 @@ class Attention(Probe):
         rows = pattern.sum(-1)  # [1 H T]
         step.record("attention.entropy", torch.special.entr(pattern).sum(-1).mean(), site.name)
         step.record("attention.row_error", ((rows - 1).abs() * (rows != 0)).amax(), site.name)
-        step.record("attention.future", pattern.triu(pattern.shape[-1] - pattern.shape[-2] + 1).sum(-1).amax(), site.name)
+        step.record(
+            "attention.future", pattern.triu(pattern.shape[-1] - pattern.shape[-2] + 1).sum(-1).amax(), site.name
+        )
         if step.index % self.IMAGE_EVERY == 0:
             step.show("image", "attention", pattern[0, 0], site.name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -11,8 +11,9 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lab import Batch, History, Run, Step
     from torch import Tensor, nn
+
+    from lab import Batch, History, Run, Step
 
 # In exact arithmetic it is 0, and masked weights are exact zeros: only rounding is allowed for.
 ROUNDING = 1e-6
@@ -54,7 +55,9 @@ class Causality(Probe):
         assert batch.inputs is not None
         rows = len(batch.inputs)
         # Another position in each row, and others in the next experiment.
-        places = (torch.arange(rows, device=batch.inputs.device) * length // rows + step.index) % (length - 2) + 1  # [R]
+        places = (torch.arange(rows, device=batch.inputs.device) * length // rows + step.index) % (
+            length - 2
+        ) + 1  # [R]
         with torch.enable_grad(), _Calls(run.model, rows, length, everywhere=everywhere) as calls:
             logits = run.call(batch)
             if calls.first is None:
@@ -79,7 +82,7 @@ class _Calls:
         self.made: list[tuple[str, Tensor, Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> _Calls:
+    def __enter__(self) -> Self:
         for name, module in self.model.named_modules():
             if name:
                 self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
@@ -174,7 +177,8 @@ def causality_future(history: History) -> Iterator[Symptom]:
             since=step,
             seen=share,
             expected="0",
-            text=f"{share:.0%} of what moves an output is in later tokens, at step {step}; the targets are the next tokens",
+            text=f"{share:.0%} of what moves an output is in later tokens, at step {step}; "
+            "the targets are the next tokens",
         )
 
 
@@ -188,8 +192,11 @@ def causality_future(history: History) -> Iterator[Symptom]:
 def causality_leak(history: History) -> Iterator[Symptom]:
     """Each module alone, where the model as a whole leaks; the innermost that leak are named."""
     _is_causal(history)
-    leaks = {s: f for s in history.sites("causality.module_future")
-             if (f := _past_dependence_on_future(history, "causality.module_future", s))}
+    leaks = {
+        s: f
+        for s in history.sites("causality.module_future")
+        if (f := _past_dependence_on_future(history, "causality.module_future", s))
+    }
     for site, (step, share) in leaks.items():
         if not any(other.startswith(f"{site}.") for other in leaks):
             text = f"{site} alone lets {share:.0%} of what moves its output come from later positions"

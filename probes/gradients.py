@@ -11,14 +11,22 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab import History, Run, Site, Step
     from torch import Tensor
 
+    from lab import History, Run, Site, Step
 
-@probe("gradients", title="Norm of the gradient of every parameter, and at the output of every branch and block", cost="one norm a tensor")
+
+@probe(
+    "gradients",
+    title="Norm of the gradient of every parameter, and at the output of every branch and block",
+    cost="one norm a tensor",
+)
 class Gradients(Probe):
-    """Records ``gradient.norm`` by parameter, ``gradient.site`` at the outputs of modules made of others, ``gradient.total`` before clipping,
-    and ``gradient.carried``: the norm of what the gradients already held when the step's backward pass began.
+    """Reads gradients after the backward pass, and what they hold when it begins.
+
+    Records ``gradient.norm`` by parameter, ``gradient.site`` at the outputs of modules made of others,
+    ``gradient.total`` before clipping, and ``gradient.carried``: the norm of what the gradients already held when
+    the step's backward pass began.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -52,7 +60,7 @@ class Gradients(Probe):
     def lab_before_update(self, run: Run, step: Step) -> None:
         held = {name: p.grad for name, p in run.parameters.items() if p.grad is not None and not p.grad.is_sparse}
         if held:
-            norms = torch.stack(torch._foreach_norm(list(held.values())))  # noqa: SLF001 - torch has no public name
+            norms = torch.stack(torch._foreach_norm(list(held.values())))
             step.record_all("gradient.norm", tuple(held), norms)
             if step.grad_norm is None:
                 step.record("gradient.total", torch.linalg.vector_norm(norms))
@@ -65,7 +73,8 @@ class Gradients(Probe):
 
 
 def _joint_norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))  # noqa: SLF001
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return norm
 
 
 @rule(

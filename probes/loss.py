@@ -12,8 +12,9 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
-    from lab import History, Run, Step
     from torch import Tensor, nn
+
+    from lab import History, Run, Step
 
 
 @probe("loss", title="The loss, in training and on held-out data", cost="none")

@@ -7,17 +7,22 @@ from typing import TYPE_CHECKING
 from lab import Probe, probe, torch
 
 if TYPE_CHECKING:
-    from lab import Run, Step
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+    from lab import Run, Step
 
 
 @probe("memory", title="Bytes held by the process and by weights, gradients and optimiser", every=10, cost="none")
 class Memory(Probe):
-    """Records ``memory.process`` (resident bytes), ``memory.weights``, ``memory.gradients``, ``memory.optimizer``, and on
-    CUDA ``memory.device`` (bytes allocated) and ``memory.device_peak``.
+    """Adds up what is held.
+
+    Records ``memory.process`` (resident bytes), ``memory.weights``, ``memory.gradients``, ``memory.optimizer``,
+    and on CUDA ``memory.device`` (bytes allocated) and ``memory.device_peak``.
     """
 
-    def lab_start(self, run: Run) -> None:
+    def lab_start(self) -> None:
         import psutil
 
         self._process = psutil.Process()
@@ -36,5 +41,5 @@ class Memory(Probe):
             step.record("memory.device_peak", torch.cuda.max_memory_allocated(run.device))
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -11,8 +11,9 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab import History, Run, Step
     from torch import Tensor
+
+    from lab import History, Run, Step
 
 
 class _Moves(Probe):
@@ -32,12 +33,14 @@ class _Moves(Probe):
     def moved(self, run: Run) -> Tensor:
         """Return how far each parameter moved, the norm of the difference, [n]; and forget the copies."""
         now = [p.detach() for p in run.parameters.values()]
-        moved = torch.stack(torch._foreach_norm(torch._foreach_sub(now, list(self._before.values()))))  # noqa: SLF001
+        moved = torch.stack(torch._foreach_norm(torch._foreach_sub(now, list(self._before.values()))))
         self._before = {}
         return moved
 
 
-@probe("weights", title="Norm of every weight, and of its update relative to it", every=10, cost="one copy of the weights")
+@probe(
+    "weights", title="Norm of every weight, and of its update relative to it", every=10, cost="one copy of the weights"
+)
 class Weights(_Moves):
     """Records ``weight.norm``, ``update.ratio`` (norm of the update over norm of the weight), and ``learning_rate``."""
 
@@ -45,7 +48,7 @@ class Weights(_Moves):
         if step.lr is not None:
             step.record("learning_rate", step.lr)
         if self._before:
-            norms = torch.stack(torch._foreach_norm(list(self._before.values())))  # noqa: SLF001
+            norms = torch.stack(torch._foreach_norm(list(self._before.values())))
             step.record_all("weight.norm", self._names, norms)
             step.record_all("update.ratio", self._names, self.moved(run) / norms.clamp_min(1e-30))
         if step.index % 50 == 0:
@@ -62,7 +65,9 @@ class Weights(_Moves):
     examines=True,
 )
 class Movement(_Moves):
-    """Records for each parameter ``movement.distance`` of one update, ``movement.gradient``, the norm of its gradient,
+    """Compares each parameter before and after an update.
+
+    Records ``movement.distance`` of one update, ``movement.gradient``, the norm of its gradient,
     ``movement.held``, whether the optimiser holds it, and ``movement.rate``, the learning rate of its group.
     """
 
@@ -73,9 +78,9 @@ class Movement(_Moves):
         super().lab_before_update(run, step)
         if self._before:
             self._have = tuple(n for n, p in run.parameters.items() if p.grad is not None and not p.grad.is_sparse)
-            grads = [p.grad for n, p in run.parameters.items() if n in set(self._have)]
+            grads = [g for n in self._have if (g := run.parameters[n].grad) is not None]
             if grads:
-                step.record_all("movement.gradient", self._have, torch.stack(torch._foreach_norm(grads)))  # noqa: SLF001
+                step.record_all("movement.gradient", self._have, torch.stack(torch._foreach_norm(grads)))
 
     def lab_step_end(self, run: Run, step: Step) -> None:
         if not self._before:

@@ -79,7 +79,10 @@ class Writes(lab.Probe):
 
 class WritesInPlace(lab.Probe):
     def lab_start(self, run: Run) -> None:
-        self.read(run, "blocks.0.out", lambda site, value: value.data.mul_(1.001))
+        self.read(run, "blocks.0.out", self.see)
+
+    def see(self, site: Site, value: Tensor) -> None:
+        value.data.mul_(1.001)
 
 
 class Evaluates(lab.Probe):
@@ -93,7 +96,9 @@ class ClearsGradients(lab.Probe):
 
 
 @pytest.mark.parametrize("culprit", [Draws, Writes, WritesInPlace, Evaluates, ClearsGradients])
-def test_a_probe_that_changes_something_is_seen_by_the_test_above(small_run: SmallRun, culprit: type[lab.Probe]) -> None:
+def test_a_probe_that_changes_something_is_seen_by_the_test_above(
+    small_run: SmallRun, culprit: type[lab.Probe]
+) -> None:
     bare, seen = Keeper(), Keeper()
     small_run(bare, Dropout(), probes=False)
     small_run(seen, Dropout(), culprit(), probes=False)
@@ -124,15 +129,19 @@ def test_an_examination_leaves_everything_as_it_was(small_run: SmallRun) -> None
     assert bare.equals(seen)
 
 
-class HostReads(TorchDispatchMode):
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that bring a tensor's values to the host."""
 
     def __init__(self, counts: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts = counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default):
+        if func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+        ):
             self.counts.append(str(func))
         return func(*args, **kwargs or {})
 
@@ -167,7 +176,7 @@ class Counter(lab.Plugin):
         self.counts: list[str] = []
         self.modes = (HostCalls(self.counts), HostReads(self.counts))
         for mode in self.modes:
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
         return (yield)
 
     def lab_batch(self) -> Generator[None, Batch, Batch]:
@@ -181,7 +190,7 @@ class Counter(lab.Plugin):
     def lab_metrics(self, metrics: Row) -> None:
         if self.modes:
             for mode in reversed(self.modes):
-                mode.__exit__(None, None, None)
+                mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.by_step.append(self.counts)
             self.modes = ()  # type: ignore[assignment]
 

@@ -24,7 +24,7 @@ def backward_calls(tell: Callable[[Tensor], None]) -> Iterator[None]:
 
     def backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
         tell(self)
-        plain(self, *args, **kwargs)
+        plain(self, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     Tensor.backward = backward  # type: ignore[method-assign]
     try:
@@ -55,8 +55,8 @@ class CrossEntropyCalls(TorchFunctionMode):
     def turn(self, *, on: bool) -> None:
         """Turn it on or off. It is left on when a mode of the user's own stands above it."""
         if on and not self.on:
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
             self.on = True
-        elif not on and self.on and _get_current_function_mode() is self:
+        elif not on and self.on and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)
             self.on = False

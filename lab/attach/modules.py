@@ -61,6 +61,7 @@ class Hook:
         self.module, self.function = module, function
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
+        """Call the function, unless this is a copy's."""
         return self.function(module, *args) if module is self.module else None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from lab.attach.intercept import CrossEntropyCalls, backward_calls
 from lab.attach.modules import Hook, ModuleSites
-from lab.catalogue import Plugin
 from lab.context import Batch, Run, Step, first_tensor
 from lab.files import new_folder, write_run_file
 from lab.manager import Manager, discover
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from lab.catalogue import Catalogue
+    from lab.catalogue import Catalogue, Plugin
     from lab.diagnosis.model import Diagnosis
 
 
@@ -40,7 +39,9 @@ def watch(
     catalogue: Catalogue | None = None,
     examine_every: int = 10,
 ) -> Watch:
-    """Watch a training loop, for as long as the block lasts::
+    """Watch a training loop, for as long as the block lasts.
+
+    ::
 
         with lab.watch(model, optimizer) as watching:
             for inputs, targets in batches:
@@ -62,7 +63,7 @@ def watch(
 
     Raises:
         BadInput: `out` holds a run already.
-    """  # noqa: D301
+    """
     folder = Path(out) if out is not None else _new_name()
     return Watch(model, optimizer, folder, tuple(plugins), catalogue or discover(), examine_every)
 
@@ -109,7 +110,7 @@ class Watch:
         self._last = self.run.step
         self._examined: Batch | None = None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         model, optimizer, undo = self.run.model, self.run.optimizer, self._undo
         self._session.start()
         undo.callback(model.register_forward_pre_hook(Hook(model, self._called), with_kwargs=True).remove)

@@ -18,7 +18,7 @@ from lab.errors import BadInput, LabError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="lab")
 def cli() -> None:
-    """Build every layer of an LLM, break it on purpose, measure what broke.
+    r"""Build every layer of an LLM, break it on purpose, measure what broke.
 
     \b
     lab list                   what there is: projects, scenarios, faults, probes, causes, plugins
@@ -42,19 +42,14 @@ def status_of(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     try:
         status = cli.main(args=arguments, prog_name="lab", standalone_mode=False)
-    except BadInput as error:
-        return _say(str(error), 2)
-    except LabError as error:
-        return _say(str(error), 1)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
-    except click.ClickException as error:
-        return _say(error.format_message(), 2)
+    except (LabError, click.ClickException) as error:
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        return _say(text, 2 if isinstance(error, (BadInput, click.ClickException)) else 1)
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted; what was recorded until now is kept: lab diagnose RUN reads it", 130)
-    except BrokenPipeError:
-        return 0
     return status if isinstance(status, int) else 0
 
 

@@ -21,14 +21,19 @@ KINDS: dict[str, Callable[[Catalogue], Rows]] = {
     "projects": lambda _: [
         {"id": p.id, "title": p.title, "number": p.number, "builds": p.builds, "ready": p.ready} for p in PROJECTS
     ],
-    "scenarios": lambda _: [
-        {"id": e.id, "title": e.title, "project": e.project} for e in find_scenarios().values()
-    ],
+    "scenarios": lambda _: [{"id": e.id, "title": e.title, "project": e.project} for e in find_scenarios().values()],
     "faults": lambda c: [
-        {"id": f.info.id, "title": f.info.title, "cause": f.info.cause, "moves": f.info.moves} for f in c.faults.values()
+        {"id": f.info.id, "title": f.info.title, "cause": f.info.cause, "moves": f.info.moves}
+        for f in c.faults.values()
     ],
     "probes": lambda c: [
-        {"id": p.info.id, "title": p.info.title, "every": p.info.every, "examines": p.info.examines, "cost": p.info.cost}
+        {
+            "id": p.info.id,
+            "title": p.info.title,
+            "every": p.info.every,
+            "examines": p.info.examines,
+            "cost": p.info.cost,
+        }
         for p in c.probes.values()
     ],
     "checks": lambda c: [{"id": r.id, "title": r.title, "basis": r.basis} for r in c.rules.values()],

@@ -67,11 +67,16 @@ def _everything(catalogue: Catalogue) -> dict[str, dict[str, dict[str, Any]]]:
     """Return what each kind of thing says of itself, by kind and id."""
     return {
         "project": {p.id: {**dataclasses.asdict(p), "ready": p.ready} for p in PROJECTS},
-        "scenario": {id: {"title": e.title, "file": e.path.read_text(encoding="utf-8")} for id, e in find_scenarios().items()},
+        "scenario": {
+            id: {"title": e.title, "file": e.path.read_text(encoding="utf-8")} for id, e in find_scenarios().items()
+        },
         "fault": {id: _fault(cls) for id, cls in catalogue.faults.items()},
         "cause": {id: dataclasses.asdict(cause) for id, cause in catalogue.causes.items()},
         "probe": {
-            id: {**dataclasses.asdict(cls.info), "checks": [r.id for r in catalogue.rules.values() if id in catalogue.beside(r)]}
+            id: {
+                **dataclasses.asdict(cls.info),
+                "checks": [r.id for r in catalogue.rules.values() if id in catalogue.beside(r)],
+            }
             for id, cls in catalogue.probes.items()
         },
         "check": {

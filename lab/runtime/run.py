@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lab.catalogue import Catalogue, Fault, Plugin
 from lab.context import Run
 from lab.errors import BadInput
 from lab.files import new_folder, write_run_file
@@ -20,7 +18,9 @@ from lab.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
+    from lab.catalogue import Catalogue, Fault, Plugin
     from lab.diagnosis.model import Diagnosis
     from lab.store import History
 
@@ -165,9 +165,9 @@ def _value(section: CheckSection, history: History | None) -> float | None:
     values = history.series(section.metric, section.at).values
     if not len(values):
         return None
-    take = {"last": lambda: values[-1], "first": lambda: values[0], "max": values.max, "min": values.min,
-            "mean": values.mean}
-    return float(take[section.take]())
+    if section.take in ("first", "last"):
+        return float(values[0 if section.take == "first" else -1])
+    return float(getattr(values, section.take)())
 
 
 def _check(section: CheckSection, history: History, twin: History | None, *, broken: bool) -> Check:

@@ -106,10 +106,15 @@ def test_a_loop_that_crashes_is_diagnosed_until_there(tmp_path: Path) -> None:
     model = LanguageModel()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watching = lab.watch(model, optimizer, out=tmp_path / "run")
-    with pytest.raises(ZeroDivisionError), watching:
-        model(torch.randint(50, (2, 8))).square().mean().backward()
-        optimizer.step()
-        _ = 1 // 0
+
+    def loop() -> None:
+        with watching:
+            model(torch.randint(50, (2, 8))).square().mean().backward()
+            optimizer.step()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        loop()
     assert watching.diagnosis.verdict == "inconclusive"
     assert "1 step" in watching.diagnosis.not_checked["the rest of the run"]
 

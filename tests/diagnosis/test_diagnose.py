@@ -36,7 +36,9 @@ CAUSES = (LEAK, INVERTED, NAN)
 def test_the_most_upstream_site_is_blamed() -> None:
     seen = [symptom("nonfinite", f"blocks.{i}", since=3, order=i) for i in (2, 1, 3)]
     findings, unexplained = explain(seen, CAUSES)
-    assert [(f.id, f.at, f.since_step, f.also_at) for f in findings] == [("nan", "blocks.1", 3, ("blocks.2", "blocks.3"))]
+    assert [(f.id, f.at, f.since_step, f.also_at) for f in findings] == [
+        ("nan", "blocks.1", 3, ("blocks.2", "blocks.3"))
+    ]
     assert unexplained == []
 
 

@@ -226,9 +226,7 @@ def test_values_are_those_of_their_step(board: Board) -> None:
 
 
 def test_nan_and_infinity_are_kept(board: Board) -> None:
-    board.row(
-        0, {"a": math.nan, "b": math.inf, "c": 1e300}
-    )  # the last does not fit into the float32 of an event
+    board.row(0, {"a": math.nan, "b": math.inf, "c": 1e300})  # the last does not fit into the float32 of an event
     events = board.end()
     assert math.isnan(events.Scalars("a")[0].value)
     assert events.Scalars("b")[0].value == math.inf
@@ -326,9 +324,7 @@ def test_an_image_of_nothing_is_left_out(board: Board) -> None:
 def test_each_value_of_a_small_image_is_a_square() -> None:
     drawn = pixels(np.array([[0.0, 0.05], [0.2, math.nan]]))
     assert drawn.shape == (256, 256, 3)
-    corners = [
-        tuple(drawn[row, column]) for row, column in ((0, 0), (127, 127), (0, 128), (128, 0), (128, 128))
-    ]
+    corners = [tuple(drawn[row, column]) for row, column in ((0, 0), (127, 127), (0, 128), (128, 0), (128, 128))]
     dark, same, middle, bright, broken = corners
     assert dark == same == (68, 1, 84)
     assert middle == (33, 145, 140)
@@ -353,8 +349,6 @@ def test_a_large_image_keeps_a_thin_line() -> None:
 
 def test_finding_the_plugin_imports_neither_torch_nor_tensorboard(catalogue: Catalogue) -> None:
     look = "import sys, lab.plugins.tensorboard; print(sorted({'torch', 'tensorboard'} & set(sys.modules)))"
-    found = subprocess.run(
-        [sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=60
-    )
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "[]"
     assert catalogue.plugins["tensorboard"] is TensorBoard

@@ -53,9 +53,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 @quick
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 8), st.integers(1, 16), st.integers(0, 999))
-def test_feed_forward_is_widen_gelu_narrow(
-    batch: int, length: int, width: int, hidden: int, seed: int
-) -> None:
+def test_feed_forward_is_widen_gelu_narrow(batch: int, length: int, width: int, hidden: int, seed: int) -> None:
     torch.manual_seed(seed)
     made, x = FeedForward(width, hidden).double(), normal(seed, batch, length, width)
     wide = F.gelu(F.linear(x, made.up.weight, made.up.bias))

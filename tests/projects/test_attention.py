@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-sizes = given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(0, 999)
-)
+sizes = given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(0, 999))
 
 
 def inputs(
@@ -233,9 +231,7 @@ def test_an_active_writer_takes_the_explicit_path_and_its_value_counts(
 
 
 @pytest.mark.parametrize("name", ["mask", "scores", "pattern"])
-def test_a_writer_that_is_not_yet_active_changes_no_bit(
-    name: str, qkv: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def test_a_writer_that_is_not_yet_active_changes_no_bit(name: str, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
     made, active = Attention(), False
     fused = made(*qkv)
     sites_of(made).replace(name, torch.zeros_like, lambda: active)
@@ -245,9 +241,7 @@ def test_a_writer_that_is_not_yet_active_changes_no_bit(
 
 
 @pytest.mark.parametrize("name", ["scores", "pattern"])
-def test_a_writer_of_the_gradient_takes_the_explicit_path_too(
-    name: str, qkv: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def test_a_writer_of_the_gradient_takes_the_explicit_path_too(name: str, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
     made, active = Attention(), False
     fused = made(*qkv)
     sites_of(made).replace(name, torch.zeros_like, lambda: active, grad=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -51,9 +52,7 @@ def test_adamw_equals_torchs_over_100_steps_in_two_groups_and_with_a_parameter_w
             optimizer.param_groups[0]["lr"] = 3e-2 * (1 - step / 100)
             optimizer.step()
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(
-            a, b, rtol=1e-10, atol=1e-12, msg=lambda text, i=i: f"parameter {i}: {text}"
-        )
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=f"parameter {i}")
     assert torch.equal(ours[1], untouched)
 
 
@@ -116,7 +115,7 @@ def test_the_learning_rate_rises_to_its_peak_at_the_end_of_the_warmup_then_falls
     rounding = 1e-12 * peak
     top = max(0, warmup - 1)
     assert rates[top] == pytest.approx(peak, rel=1e-12)
-    assert all(b > a for a, b in zip(rates[:top], rates[1 : top + 1], strict=True))
+    assert all(b > a for a, b in itertools.pairwise(rates))
     assert all(b <= a + rounding for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
     assert rates[-1] == pytest.approx(floor * peak, abs=rounding)
 
@@ -128,24 +127,18 @@ def test_the_learning_rate_rises_to_its_peak_at_the_end_of_the_warmup_then_falls
 def test_the_learning_rate_is_never_above_its_peak_nor_negative_also_after_the_end(
     peak: float, warmup: int, total: int, floor: float
 ) -> None:
-    rates = [
-        learning_rate(step, peak=peak, warmup=warmup, total=total, floor=floor) for step in range(total + 50)
-    ]
+    rates = [learning_rate(step, peak=peak, warmup=warmup, total=total, floor=floor) for step in range(total + 50)]
     assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
 
 
 def test_the_learning_rate_halfway_down_is_halfway_between_peak_and_floor() -> None:
     # After 10 steps of warmup, steps 10 to 110: the middle is 60.
     assert learning_rate(60, peak=1.0, warmup=10, total=111, floor=0.2) == pytest.approx(0.6)
-    assert learning_rate(35, peak=1.0, warmup=10, total=111, floor=0.0) == pytest.approx(
-        0.5 + math.sqrt(0.125)
-    )
+    assert learning_rate(35, peak=1.0, warmup=10, total=111, floor=0.0) == pytest.approx(0.5 + math.sqrt(0.125))
 
 
 @quick
-@given(
-    st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.sets(st.integers(0, 3), max_size=3), st.integers(0, 999)
-)
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.sets(st.integers(0, 3), max_size=3), st.integers(0, 999))
 def test_clipping_equals_torchs_and_returns_the_norm_before(
     limit: float, scale: float, without: set[int], seed: int
 ) -> None:
@@ -182,8 +175,4 @@ def test_after_clipping_the_norm_is_at_most_the_limit_and_smaller_gradients_are_
 
 
 def test_clipping_without_any_gradient_is_a_norm_of_zero_as_in_torch() -> None:
-    assert (
-        float(clip_gradients(parameters(0), 1.0))
-        == float(torch.nn.utils.clip_grad_norm_(parameters(0), 1.0))
-        == 0.0
-    )
+    assert float(clip_gradients(parameters(0), 1.0)) == float(torch.nn.utils.clip_grad_norm_(parameters(0), 1.0)) == 0.0

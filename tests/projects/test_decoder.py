@@ -30,9 +30,7 @@ def tokens(seed: int, *shape: int, vocabulary: int = 11) -> Tensor:
 
 @quick
 @given(st.integers(0, 999), st.integers(2, 16), st.data())
-def test_no_logit_depends_on_a_later_token_by_a_single_bit(
-    seed: int, length: int, data: st.DataObject
-) -> None:
+def test_no_logit_depends_on_a_later_token_by_a_single_bit(seed: int, length: int, data: st.DataObject) -> None:
     place = data.draw(st.integers(1, length - 1))
     model, before = decoder(seed), tokens(seed, 2, length)
     after = before.clone()
@@ -75,7 +73,7 @@ def test_tied_weights_are_one_parameter(tied: bool) -> None:
     with torch.no_grad():
         for p in set(model.parameters()):
             assert p.grad is not None
-            p -= p.grad
+            p.sub_(p.grad)
     assert torch.equal(model.head.weight, model.tokens.weight) == tied
 
 
@@ -102,10 +100,10 @@ def test_the_variance_of_the_residual_stream_grows_to_the_same_size_at_any_depth
     with sites_of(model).capture("blocks.*.out") as values, torch.no_grad():
         model(rows)
     variances = [float(value.var()) for value in values.values()]
-    assert variances == sorted(variances)
-    # Half of it is the feed-forward branches', E[gelu(z)^2] = 0.425; the other half that of the attention branches,
-    # an average of values of variance 1, so at most 1. The embeddings bring 2 x 0.02^2.
-    assert 0.8 * 0.425 / 2 < variances[-1] < 1.2 * (0.425 + 1) / 2 + 2 * 0.02**2
+    # Over all blocks the feed-forward branches bring E[gelu(z)^2] / 2 = 0.425 / 2; the attention branches, averages
+    # of values of variance 1, at most 1 / 2; the embeddings 2 x 0.02^2.
+    assert variances[-1] > 0.8 * 0.425 / 2
+    assert max(variances) < 1.2 * (0.425 + 1) / 2 + 2 * 0.02**2
 
 
 @quick
@@ -127,7 +125,8 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another() -> None:
 
 def test_every_parameter_has_a_gradient() -> None:
     model, rows = decoder(), tokens(0, 4, 16)
-    F.cross_entropy(model(rows).flatten(0, 1), tokens(1, 4, 16).flatten()).backward()
+    loss = F.cross_entropy(model(rows).flatten(0, 1), tokens(1, 4, 16).flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         # A key's bias adds the same to every score of a row, and softmax does not see it.

@@ -69,7 +69,7 @@ def test_outputs_have_gain_squared_times_the_mean_square_of_the_inputs(gain: flo
     torch.manual_seed(0)
     made = Linear(400, 400, gain=gain)
     x = 3.0 + 2.0 * normal(1, 100, 400, dtype=torch.float32)  # the mean square, 13, is not the variance, 4
-    ratio = float(made(x).square().mean() / (gain**2 * x.square().mean()))
+    ratio = float(made(x).detach().square().mean() / (gain**2 * x.square().mean()))
     # The rows share a mean, so that 400 outputs are what the average is over: a spread of sqrt(2 / 400).
     assert ratio == pytest.approx(1.0, abs=4 * (2 / 400) ** 0.5)
 

@@ -16,9 +16,7 @@ from lab.projects.losses.component import cross_entropy, cross_entropy_explicit,
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
-def problem(
-    seed: int, rows: int, classes: int, ignore: int = -100, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def problem(seed: int, rows: int, classes: int, ignore: int = -100, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Logits [N V] and targets [N], about a third of them left out, but never all."""
     draw = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(rows, classes, generator=draw, dtype=torch.float64)
@@ -30,14 +28,10 @@ def problem(
 
 @quick
 @given(st.integers(1, 20), st.integers(1, 12), st.sampled_from([-100, -1, 99]), st.integers(0, 999))
-def test_the_formula_equals_the_kernel_with_targets_left_out(
-    rows: int, classes: int, ignore: int, seed: int
-) -> None:
+def test_the_formula_equals_the_kernel_with_targets_left_out(rows: int, classes: int, ignore: int, seed: int) -> None:
     logits, targets = problem(seed, rows, classes, ignore)
     expected = F.cross_entropy(logits, targets, ignore_index=ignore)
-    torch.testing.assert_close(
-        cross_entropy_explicit(logits, targets, ignore), expected, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(cross_entropy_explicit(logits, targets, ignore), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(cross_entropy(logits, targets, ignore), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -53,9 +47,7 @@ def test_logits_of_1e4_do_not_overflow(rows: int, classes: int, seed: int) -> No
 
 @quick
 @given(st.integers(1, 20), st.integers(1, 12), st.floats(-1e4, 1e4), st.integers(0, 999))
-def test_a_constant_added_to_all_logits_changes_nothing(
-    rows: int, classes: int, shift: float, seed: int
-) -> None:
+def test_a_constant_added_to_all_logits_changes_nothing(rows: int, classes: int, shift: float, seed: int) -> None:
     logits, targets = problem(seed, rows, classes)
     moved = cross_entropy_explicit(logits + shift, targets)
     torch.testing.assert_close(moved, cross_entropy_explicit(logits, targets), rtol=1e-9, atol=1e-9)
@@ -88,9 +80,7 @@ def test_takes_logits_and_targets_of_a_language_model() -> None:
 
 @quick
 @given(st.integers(1, 20), st.integers(1, 12), st.integers(0, 999))
-def test_token_losses_are_those_that_count_and_their_mean_is_the_loss(
-    rows: int, classes: int, seed: int
-) -> None:
+def test_token_losses_are_those_that_count_and_their_mean_is_the_loss(rows: int, classes: int, seed: int) -> None:
     logits, targets = problem(seed, rows, classes)
     logits.requires_grad_()
     losses = token_losses(logits, targets)

@@ -31,21 +31,17 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 @quick
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 9), st.integers(0, 999))
-def test_equals_each_head_on_its_own_slice_of_the_width(
-    heads: int, each: int, length: int, seed: int
-) -> None:
+def test_equals_each_head_on_its_own_slice_of_the_width(heads: int, each: int, length: int, seed: int) -> None:
     width = heads * each
     made, x = layer(seed, width, heads), normal(seed, 2, length, width)
-    q, k, v = F.linear(x, made.qkv.weight, made.qkv.bias).split(width, dim=-1)
+    q, k, v = F.linear(x, made.qkv.weight, made.qkv.bias).chunk(3, dim=-1)
     mixed = torch.empty_like(x)
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     for h in range(heads):
         part = slice(h * each, (h + 1) * each)
         scores = q[..., part] @ k[..., part].transpose(-2, -1) / each**0.5
         mixed[..., part] = torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ v[..., part]
-    torch.testing.assert_close(
-        made(x), F.linear(mixed, made.proj.weight, made.proj.bias), rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(made(x), F.linear(mixed, made.proj.weight, made.proj.bias), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(8, 1), (12, 3), (64, 4)])
@@ -81,7 +77,7 @@ def test_merging_undoes_splitting(heads: int, each: int, length: int, seed: int)
 
 
 def test_a_width_that_is_no_multiple_of_the_heads_is_refused_with_both_numbers() -> None:
-    with pytest.raises(BadInput, match=r"width = 10 .* heads = 4"):
+    with pytest.raises(BadInput, match=r"width = 10 .*heads = 4"):
         MultiHeadAttention(10, 4)
 
 

@@ -29,9 +29,7 @@ def layer(seed: int, width: int, eps: float = 1e-5) -> LayerNorm:
 
 @quick
 @sizes
-def test_the_formula_and_the_fused_path_equal_the_operator_of_torch(
-    lead: list[int], width: int, seed: int
-) -> None:
+def test_the_formula_and_the_fused_path_equal_the_operator_of_torch(lead: list[int], width: int, seed: int) -> None:
     made, x = layer(seed, width), 5.0 + 3.0 * normal(seed + 2, *lead, width)
     expected = F.layer_norm(x, (width,), made.weight, made.bias, 1e-5)
     torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
@@ -45,16 +43,12 @@ def test_starts_with_mean_0_and_variance_1_over_the_width(lead: list[int], width
     for path in (LayerNorm(width, eps=0.0).double(), LayerNorm(width, eps=0.0).double().explicit):
         y = path(x)
         torch.testing.assert_close(y.mean(-1), torch.zeros(lead, dtype=torch.float64), rtol=0, atol=1e-9)
-        torch.testing.assert_close(
-            y.var(-1, correction=0), torch.ones(lead, dtype=torch.float64), rtol=0, atol=1e-9
-        )
+        torch.testing.assert_close(y.var(-1, correction=0), torch.ones(lead, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 @quick
 @given(st.integers(2, 20), st.floats(0.1, 10), st.floats(-10, 10), st.integers(0, 999))
-def test_scale_and_shift_of_the_input_change_nothing(
-    width: int, scale: float, shift: float, seed: int
-) -> None:
+def test_scale_and_shift_of_the_input_change_nothing(width: int, scale: float, shift: float, seed: int) -> None:
     made, x = layer(seed, width, eps=0.0), normal(seed, 3, width)
     torch.testing.assert_close(made.explicit(scale * x + shift), made.explicit(x), rtol=1e-7, atol=1e-7)
 

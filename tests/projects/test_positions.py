@@ -21,9 +21,7 @@ quick = settings(max_examples=20, deadline=None, derandomize=True, database=None
     st.lists(st.integers(1, 4), min_size=1, max_size=3),
     st.integers(0, 999),
 )
-def test_an_embedding_is_a_linear_layer_on_one_hot_vectors(
-    count: int, width: int, shape: list[int], seed: int
-) -> None:
+def test_an_embedding_is_a_linear_layer_on_one_hot_vectors(count: int, width: int, shape: list[int], seed: int) -> None:
     torch.manual_seed(seed)
     made = Embedding(count, width).double()
     tokens = torch.randint(count, shape)
@@ -45,7 +43,7 @@ def test_the_gradient_of_a_row_is_the_sum_over_the_places_where_its_token_stands
 @pytest.mark.parametrize("std", [0.02, 1.0])
 @pytest.mark.parametrize("cls", [Embedding, LearnedPositions])
 def test_tables_start_with_the_standard_deviation_asked_for(
-    cls: type[Embedding] | type[LearnedPositions], std: float
+    cls: type[Embedding | LearnedPositions], std: float
 ) -> None:
     torch.manual_seed(0)
     weight = cls(200, 200, std=std).weight.detach()

@@ -79,12 +79,12 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int, floor: flo
         step: From 0; the first step of a warmup already moves.
         peak: The highest rate.
         warmup: Steps until it is reached.
-        total: Steps in all.
-        floor: The last rate as a share of the peak.
+        total: Steps in all; the last is ``total - 1``.
+        floor: The rate at the last step as a share of the peak.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    done = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -92,7 +92,9 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int, floor: flo
 def clip_gradients(params: Iterable[Tensor], limit: float) -> Tensor:
     """Scale all gradients together so that their joint norm is at most `limit`; return the norm [] before that."""
     grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if not grads:
+        return torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     # Without a branch on the norm, which would wait for the device.
     torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -34,8 +34,6 @@ class Linear(Component):
     def forward(self, x: Tensor) -> Tensor:  # [... inputs] -> [... outputs]
         """Multiply and add. One fused `addmm` over all positions at once."""
         rows = x.reshape(-1, x.shape[-1])  # [N inputs]
-        if self.bias is None:
-            y = rows @ self.weight.t()  # [N outputs]
-        else:
-            y = torch.addmm(self.bias, rows, self.weight.t())  # [N outputs]
-        return self.tap("out", y.view(*x.shape[:-1], -1))
+        weight = self.weight.t()  # [inputs outputs]
+        y = rows @ weight if self.bias is None else torch.addmm(self.bias, rows, weight)  # [N outputs]
+        return self.tap("out", y.view(*x.shape[:-1], len(self.weight)))

@@ -32,5 +32,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore: int = -100) -> Tensor
 @torch.no_grad()
 def token_losses(logits: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
     """The loss of each token that counts, [n], without gradient."""
-    flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore, reduction="none")
+    flat = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore, reduction="none"
+    )
     return flat[targets.reshape(-1) != ignore]

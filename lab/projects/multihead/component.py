@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lab.errors import BadInput
 from lab.projects.attention.component import Attention
 from lab.projects.linear.component import Linear
 from lab.sites import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MultiHeadAttention(Component):

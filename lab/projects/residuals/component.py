@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lab.projects.activations.component import FeedForward
 from lab.projects.multihead.component import MultiHeadAttention
 from lab.projects.normalisation.component import LayerNorm
 from lab.sites import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Block(Component):
