@@ -115,8 +115,8 @@ def test_the_learning_rate_rises_to_its_peak_at_the_end_of_the_warmup_then_falls
     rounding = 1e-12 * peak
     top = max(0, warmup - 1)
     assert rates[top] == pytest.approx(peak, rel=1e-12)
-    assert all(b > a for a, b in itertools.pairwise(rates))
-    assert all(b <= a + rounding for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+    assert all(b > a for a, b in itertools.pairwise(rates[: top + 1]))
+    assert all(b <= a + rounding for a, b in itertools.pairwise(rates[top:]))
     assert rates[-1] == pytest.approx(floor * peak, abs=rounding)
 
 
