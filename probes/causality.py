@@ -48,8 +48,13 @@ class Causality(Probe):
         if inputs.shape[1] < 4:
             raise NotChecked(f"{inputs.shape[1]} positions are too few")
         step.record("causality.next_token", _shifted(inputs, batch.targets.view_as(inputs)))
+        length = inputs.shape[1]
+        rows = batch.rows(ROWS if length != ROWS else ROWS - 1)
+        assert rows.inputs is not None
+        if len(rows.inputs) == length:
+            raise NotChecked(f"{length} rows of {length} positions: which axis is which cannot be told")
         suspect = run.history.last("causality.future") > ROUNDING
-        self._differentiate(run, step, batch.rows(ROWS), inputs.shape[1], everywhere=suspect)
+        self._differentiate(run, step, rows, length, everywhere=suspect)
 
     def _differentiate(self, run: Run, step: Step, batch: Batch, length: int, *, everywhere: bool) -> None:
         assert batch.inputs is not None

@@ -26,14 +26,14 @@ class Gradients(Probe):
 
     Records ``gradient.norm`` by parameter, ``gradient.site`` at the outputs of modules made of others,
     ``gradient.total`` before clipping, and ``gradient.carried``: the norm of what the gradients already held when
-    the step's backward pass began.
+    a backward pass of the step began, the least of its passes.
     """
 
     def lab_start(self, run: Run) -> None:
         self._run = run
         self._seen: dict[str, Tensor] = {}
         self._last: tuple[Tensor, Tensor] | None = None
-        self._begun = -1
+        self._carried: list[Tensor | None] = []
         if run.sites.output:
             self.read(run, run.sites.output, self._backward_begins, grad=True)
         # Those made of other modules: what happens inside a leaf shows in the gradients of its parameters.
@@ -44,13 +44,18 @@ class Gradients(Probe):
 
     def _backward_begins(self, _site: Site, _value: Tensor) -> None:
         """The gradient at the output is the first of a backward pass; nothing has been added to any parameter yet."""
-        step = self._run.step
-        if self._begun == step.index:
-            return  # a later pass of the same step: accumulation is what it is for
-        self._begun = step.index
         # A parameter that the optimiser does not hold is not cleared by it: another mistake, with a rule of its own.
         held = [p.grad for group in self._run.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        step.record("gradient.carried", _joint_norm(held) if held else 0.0)
+        self._carried.append(_joint_norm(held) if held else None)
+
+    def _record_carried(self, step: Step) -> None:
+        """Of all backward passes of a step, one has to start from nothing: the first, where gradients accumulate."""
+        norms = [norm for norm in self._carried if norm is not None]
+        if norms and len(norms) == len(self._carried):
+            step.record("gradient.carried", torch.stack(norms).amin())
+        elif self._carried:
+            step.record("gradient.carried", 0.0)
+        self._carried.clear()
 
     def _see(self, site: Site, value: Tensor) -> None:
         if self._last is None or self._last[0] is not value:
@@ -58,6 +63,7 @@ class Gradients(Probe):
         self._seen[site.name] = self._last[1]  # a second name of one tensor costs nothing
 
     def lab_before_update(self, run: Run, step: Step) -> None:
+        self._record_carried(step)
         held = {name: p.grad for name, p in run.parameters.items() if p.grad is not None and not p.grad.is_sparse}
         if held:
             norms = torch.stack(torch._foreach_norm(list(held.values())))

@@ -280,11 +280,13 @@ def test_writers_replace_in_every_mode(model: Decoder, sites: Sites) -> None:
 
 
 def test_the_mode_before_comes_back_also_after_an_error(sites: Sites) -> None:
+    modes: list[Mode] = [sites.mode]
     with sites.running("evaluate"):
         with pytest.raises(ZeroDivisionError), sites.running("examine"):
             raise ZeroDivisionError
-        assert sites.mode == "evaluate"
-    assert sites.mode == "train"
+        modes.append(sites.mode)
+    modes.append(sites.mode)
+    assert modes == ["train", "evaluate", "train"]
 
 
 # ---------------------------------------------------------------- capture and order

@@ -172,6 +172,25 @@ def test_accumulated_gradients_are_not_taken_for_a_missing_zero_grad(tmp_path: P
     assert watch.diagnosis.verdict == "healthy"
 
 
+def test_two_optimisers_that_share_a_graph_are_not_taken_for_a_missing_zero_grad(tmp_path: Path) -> None:
+    """A generator's loss runs back through the discriminator, whose own gradients are cleared only later."""
+    torch.manual_seed(0)
+    judge = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    maker = torch.nn.Linear(2, 4)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-2)
+    other = torch.optim.Adam(maker.parameters(), lr=1e-2)
+    with lab.watch(judge, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(12):
+            made = maker(torch.randn(8, 2))
+            other.zero_grad()
+            judge(made).mean().backward()
+            other.step()
+            optimizer.zero_grad()
+            (judge(torch.randn(8, 4)).mean() - judge(made.detach()).mean()).square().backward()
+            optimizer.step()
+    assert watch.diagnosis.symptoms == ()
+
+
 class Raises(lab.Probe):
     info = ProbeInfo("test.raises", "", 1, "", examines=False)
 
