@@ -122,7 +122,11 @@ class Fault(Plugin):
             with naming(self):
                 return change(value)
 
-        run.sites.replace(pattern, named, lambda: self.active(run), grad=grad)
+        def active() -> bool:
+            with naming(self):
+                return self.active(run)
+
+        run.sites.replace(pattern, named, active, grad=grad)
 
 
 class Probe(Plugin):
@@ -228,12 +232,18 @@ def naming(fault: object, but: object = None) -> Generator[None, None, None]:
     """
     try:
         yield
-    except (LabError, StopIteration):
+    except LabError:
         raise
     except Exception as error:
-        if error is but:
+        if handed_on(error, but):
             raise
         raise FaultFailed(f"the fault {plugin_id(fault)} raised {one_line(error)}") from error
+
+
+def handed_on(error: BaseException, given: object) -> bool:
+    """Whether an error that left a generator is the one that was thrown into it."""
+    # Python turns a StopIteration that leaves a generator into a RuntimeError.
+    return error is given or (isinstance(given, StopIteration) and error.__cause__ is given)
 
 
 def plugin_id(plugin: object) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lab.sites import Sites
 from lab.store import History, Row
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lab.manager import Manager
-    from lab.sites import Mode, Sites
+    from lab.sites import Mode
 
 Kind = Literal["histogram", "image"]
 IGNORED = -100  # the target that the loss leaves out, as in torch
@@ -169,7 +170,7 @@ class Run:
         device: Where the model lives.
         config: The scenario, in the lab's own runtime; None on training that the lab did not write.
         model, optimizer, data: What the build actions made.
-        sites: The named tensors of the model.
+        sites: The named tensors of the model; none before it is built.
         history: What has been recorded, on the host.
         step: The current step.
         cleanup: Undone when the run ends, in reverse; a fault pushes its own undoing here.
@@ -187,7 +188,7 @@ class Run:
     model: nn.Module = field(init=False)
     optimizer: Optimizer = field(init=False)
     data: Any = field(init=False, default=None)
-    sites: Sites = field(init=False)
+    sites: Sites = field(init=False, default_factory=Sites)
     parameters: dict[str, nn.Parameter] = field(init=False)
 
     @property

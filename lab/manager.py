@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import pluggy
 
 from lab import hookspecs
-from lab.catalogue import Catalogue, Fault, Plugin, Probe, naming, plugin_id
+from lab.catalogue import Catalogue, Fault, Plugin, Probe, handed_on, naming, plugin_id
 from lab.errors import BadInput, FaultFailed, NotChecked, nearest, one_line, shown
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 GROUP = "lab"
+YIELD_ONCE = "a hook that wraps must yield once"
 HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("lab_"))
 
 
@@ -228,26 +229,37 @@ class Manager(pluggy.PluginManager):
         return guarded
 
     def put_aside(self, plugin: object, error: BaseException) -> None:
-        """Take a plugin out of the run, and keep its traceback."""
+        """Take a plugin out of the run, and keep its traceback.
+
+        Raises:
+            FaultFailed: The error is that of a fault, which the plugin met when it called the model.
+        """
+        if isinstance(error, FaultFailed):
+            raise error
         name = plugin_id(plugin)
         self.set_aside.setdefault(name, "".join(traceback.format_exception(error)))
         self.reasons.setdefault(name, one_line(error))
 
     def _set_aside_on_error(self, plugin: Plugin, function: Callable[..., Any]) -> Callable[..., Any]:
         name = plugin_id(plugin)
+        declines = False  # this hook; a plugin's other hooks say nothing of whether it can judge
 
         def listen(*args: Any) -> Any:
+            nonlocal declines
             if name in self.set_aside:
                 return None
             try:
                 answer = function(*args)
             except NotChecked as reason:
                 self.declined[name] = str(reason)
+                declines = True
                 return None
             except Exception as error:  # noqa: BLE001 - a stranger's probe may raise anything
                 self.put_aside(plugin, error)
                 return None
-            self.declined.pop(name, None)
+            if declines:
+                self.declined.pop(name, None)
+                declines = False
             return None if isinstance(plugin, Probe) else answer  # a probe changes nothing
 
         def wrap(*args: Any) -> Generator[Any, Any, Any]:
@@ -268,6 +280,9 @@ class Manager(pluggy.PluginManager):
         """Run a watching wrapper up to its yield; None when it raised and was set aside."""
         try:
             next(inside)
+        except StopIteration:
+            self.put_aside(plugin, RuntimeError(YIELD_ONCE))
+            return None
         except Exception as error:  # noqa: BLE001
             self.put_aside(plugin, error)
             return None
@@ -279,11 +294,11 @@ class Manager(pluggy.PluginManager):
             resume(given)
         except StopIteration:
             return
-        except BaseException as error:  # noqa: BLE001
-            if error is not given:
+        except Exception as error:  # noqa: BLE001
+            if not handed_on(error, given):
                 self.put_aside(plugin, error)
         else:
-            self.put_aside(plugin, RuntimeError("a hook that wraps must yield once"))
+            self.put_aside(plugin, RuntimeError(YIELD_ONCE))
 
     def _named(self, plugin: Plugin, function: Callable[..., Any]) -> Callable[..., Any]:
         def act(*args: Any) -> Any:
@@ -293,19 +308,22 @@ class Manager(pluggy.PluginManager):
         def wrap(*args: Any) -> Generator[Any, Any, Any]:
             inside = function(*args)
             with naming(plugin):
-                next(inside)
+                try:
+                    next(inside)
+                except StopIteration:
+                    raise RuntimeError(YIELD_ONCE) from None
             try:
                 answer = yield
             except BaseException as error:  # noqa: BLE001 - whatever it is, the wrapper is told
                 resume, given = inside.throw, error
             else:
                 resume, given = inside.send, answer
-            try:
-                with naming(plugin, but=given):
+            with naming(plugin, but=given):
+                try:
                     resume(given)
-            except StopIteration as stop:
-                return stop.value
-            raise FaultFailed(f"the fault {plugin_id(plugin)} must yield once where it wraps a hook")
+                except StopIteration as stop:
+                    return stop.value
+                raise RuntimeError(YIELD_ONCE)
 
         return wrap if inspect.isgeneratorfunction(function) else act
 

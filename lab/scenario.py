@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lab.catalogue import Catalogue, Fault
 
 SOURCES = ("markov", "arithmetic", "python-docs")
-Amount = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Section(BaseModel):
@@ -57,9 +57,9 @@ class DataSection(Section):
 class TrainSection(Section):
     """The optimiser and its schedule."""
 
-    lr: Annotated[float, Field(ge=0)] = 3e-3
-    warmup: Annotated[int, Field(ge=0)] = 10
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    lr: Annotated[float, Field(ge=0, le=1e6)] = 3e-3
+    warmup: Annotated[int, Field(ge=0, le=10_000_000)] = 10
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
     evaluate_every: Annotated[int, Field(ge=0, description="0 evaluates only at the end")] = 0
 

@@ -12,13 +12,13 @@ from lab.cli.diagnose import diagnose
 from lab.cli.list import list_
 from lab.cli.run import run
 from lab.cli.show import show
-from lab.errors import BadInput, LabError
+from lab.errors import BadInput, LabError, shown
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="lab")
 def cli() -> None:
-    r"""Build every layer of an LLM, break it on purpose, measure what broke.
+    """Build every layer of an LLM, break it on purpose, measure what broke.
 
     \b
     lab list                   what there is: projects, scenarios, faults, probes, causes, plugins
@@ -26,7 +26,7 @@ def cli() -> None:
     lab board                  look at the newest run in TensorBoard
 
     Exit status: 0 as expected, 1 something is wrong with the run, 2 bad input.
-    """
+    """  # noqa: D301 - to click, the character \b keeps the lines below it apart
 
 
 for command in (list_, show, run, diagnose, board):
@@ -50,6 +50,8 @@ def status_of(arguments: list[str] | None = None) -> int:
         return _say(text, 2 if isinstance(error, (BadInput, click.ClickException)) else 1)
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted; what was recorded until now is kept: lab diagnose RUN reads it", 130)
+    except OSError as error:  # a folder that may not be entered, a name that is too long, a disk that is full
+        return _say(f"{shown(error.filename)}: {error.strerror}" if error.filename else str(error), 2)
     return status if isinstance(status, int) else 0
 
 

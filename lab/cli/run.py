@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
 
 from lab.cli.options import RUNS, json_option, load_catalogue, plugin_option, print_json
 from lab.errors import BadInput
+from lab.files import METRICS, RUN, new_folder
 
 
 @click.command()
@@ -34,25 +36,38 @@ def run(
 
     Exit status: 0 when everything is as the scenario expects, 1 when not.
     """
-    from lab.scenario import load_scenario
+    from lab.scenario import check_names, load_scenario, make_faults
 
     catalogue = load_catalogue(plugins)
     name, loaded = load_scenario(scenario)
     changes = {key: value for key, value in (("seed", seed), ("steps", steps)) if value is not None}
     loaded = loaded.model_copy(update=changes)
+    check_names(loaded, catalogue, scenario)  # before torch is imported, and under the name that was given
+    make_faults(loaded, catalogue, scenario)
     folder = out if out is not None else new_name(name, loaded.seed)
 
-    from lab.runtime.run import run_scenario
+    from lab.runtime.run import find_device, run_scenario
 
-    outcome = run_scenario(
-        name,
-        loaded,
-        catalogue,
-        folder,
-        device=device,
-        twin=twin,
-        tools=lambda: [tool() for tool in catalogue.plugins.values()],
-    )
+    find_device(device)
+    new_folder(folder)
+    try:
+        outcome = run_scenario(
+            name,
+            loaded,
+            catalogue,
+            folder,
+            device=device,
+            twin=twin,
+            tools=lambda: [tool() for tool in catalogue.plugins.values()],
+        )
+    except BadInput as error:
+        discard(folder)
+        raise BadInput(f"{scenario}: {error}") from None
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # torch has no error of its own for this on a CPU
+            raise
+        discard(folder)
+        raise BadInput(f"{scenario}: does not fit in the memory of {device}; lower data.batch or [model]") from None
     if as_json:
         print_json(outcome.to_dict())
     else:
@@ -62,6 +77,17 @@ def run(
 
         print_outcome(outcome, Console())
     return 0 if outcome.as_expected else 1
+
+
+def discard(folder: Path) -> None:
+    """Remove a run that was refused before its first step, so that --out is free for the next attempt."""
+    from lab.store import read_history
+
+    with contextlib.suppress(BadInput, OSError):
+        if read_history(folder / METRICS).last_step < 0:
+            for path in (folder / RUN, *folder.glob(f"{METRICS}*")):
+                path.unlink()
+            folder.rmdir()
 
 
 def new_name(name: str, seed: int) -> Path:

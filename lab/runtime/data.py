@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lab.context import Batch
-from lab.errors import BadInput, nearest
+from lab.errors import BadInput, nearest, shown
 from lab.scenario import SOURCES
 
 if TYPE_CHECKING:
@@ -202,7 +202,11 @@ def _read_path(name: str) -> str:
         BadInput: Nothing can be read there.
     """
     path = Path(name)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise BadInput(f"data.source: found {shown(name)}: {error.strerror}") from None
+    if not there:
         raise BadInput(f"data.source: found {name!r}, no source and no file or folder{nearest(name, SOURCES)}")
     kinds = (".txt", ".md", ".rst", ".py")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in kinds and p.is_file())

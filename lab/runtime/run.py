@@ -149,9 +149,9 @@ def find_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # the way that every metric takes
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        text = str(error).strip().splitlines()[0]
+        text = str(error).strip().splitlines()[0].split(". ")[0]
         raise BadInput(f"--device {name}: not a device that can be used here ({text}); cpu always can") from None
     return device
 
