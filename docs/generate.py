@@ -28,11 +28,14 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def _help(name: str, command: click.Command) -> str:
+    return command.get_help(click.Context(command, info_name=f"lab {name}", max_content_width=100))
+
+
 def pages() -> dict[str, str]:
     """Return the text of each page by its name."""
     known = discover()
     hooks = [name for name in vars(hookspecs) if name in HOOKS]
-    commands = {name: command for name, command in cli.commands.items()}
     text = {
         "hooks": [
             _section(
@@ -91,8 +94,7 @@ def pages() -> dict[str, str]:
         ],
         "plugins": [_section(id, cls.info.title, {}, cls.info.doc) for id, cls in known.plugins.items()],  # type: ignore[attr-defined]
         "commands": [
-            f"## `lab {name}`\n\n```text\n{command.get_help(click.Context(command, info_name=f'lab {name}', max_content_width=100))}\n```\n"
-            for name, command in commands.items()
+            f"## `lab {name}`\n\n```text\n{_help(name, command)}\n```\n" for name, command in cli.commands.items()
         ],
     }
     return {name: f"# {name.capitalize()}\n\n{NOTE}" + "\n".join(parts) for name, parts in text.items()}

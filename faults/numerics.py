@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
@@ -48,7 +49,7 @@ NONFINITE_GRADIENT = Cause(
 class NonFinite(Fault):
     """Writes NaN or infinity into the first element of the value, or of the gradient, at a site."""
 
-    at: str
+    at: str = field()  # no default: it has to be said where
     value: Literal["nan", "inf", "-inf"] = "nan"
     gradient: bool = False
     every: Annotated[int, Ge(1)] = 1

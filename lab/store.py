@@ -6,19 +6,19 @@ step costs one insert however many metrics it has, and a run that is killed can 
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lab.errors import BadInput
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Values = npt.NDArray[np.float64]
 Columns = tuple[tuple[str, str], ...]
@@ -221,6 +221,7 @@ def read_history(path: Path) -> History:
     try:
         db = _connect(path)
         try:
+            db.execute("BEGIN")  # one moment of a store that is being written to
             layouts: dict[int, list[tuple[str, str]]] = {}
             for layout, metric, site in db.execute(
                 "SELECT layout, metric, site FROM columns ORDER BY layout, position"
@@ -228,8 +229,10 @@ def read_history(path: Path) -> History:
                 layouts.setdefault(layout, []).append((metric, site))
             columns = {layout: tuple(names) for layout, names in layouts.items()}
             for step, layout, data in db.execute("SELECT step, layout, data FROM steps ORDER BY rowid"):
-                values = np.frombuffer(data, dtype=np.float64)
-                history.add(step, Row(columns[layout], values))
+                names, values = columns.get(layout, ()), np.frombuffer(data, dtype=np.float64)
+                if len(values) != len(names):
+                    raise ValueError(f"step {step}: {len(values)} values in {len(names)} columns")
+                history.add(step, Row(names, values))
             history.order = dict(db.execute("SELECT site, place FROM sites"))
             for kind, name, text in db.execute("SELECT kind, name, text FROM remarks"):
                 if kind in (SET_ASIDE, DECLINED):
@@ -238,18 +241,31 @@ def read_history(path: Path) -> History:
                     history.facts[name] = text
         finally:
             db.close()
-    except (sqlite3.DatabaseError, KeyError, ValueError, TypeError, IndexError) as error:
+    except (sqlite3.DatabaseError, ValueError, TypeError, OverflowError) as error:
         raise BadInput(f"{path}: not a metric store of the lab, or damaged: {error}") from None
     return history
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Open for reading. A folder that cannot be written to has no room for the WAL's index: read it as it stands."""
+    """Open for reading. A folder that cannot be written to has no room for the WAL's index: read a copy then."""
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         db.execute("SELECT 1 FROM steps LIMIT 1")
     except sqlite3.OperationalError as error:
+        db.close()
         if "readonly" not in str(error) and "unable to open" not in str(error):
             raise
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        return _copied(path)
+    return db
+
+
+def _copied(path: Path) -> sqlite3.Connection:
+    """Copy a store into memory, with what a killed run left in its WAL."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (path, path.with_name(f"{path.name}-wal")):
+            if part.exists():
+                (Path(folder) / part.name).write_bytes(part.read_bytes())
+        with contextlib.closing(sqlite3.connect(Path(folder) / path.name)) as copy:
+            db = sqlite3.connect(":memory:")
+            copy.backup(db)
     return db

@@ -26,6 +26,8 @@ def diagnose(history: History, catalogue: Catalogue) -> Diagnosis:
     """Judge a run by every rule, and explain what they find."""
     symptoms, checked, not_checked = judge(history, catalogue)
     findings, unexplained = explain(symptoms, catalogue.causes.values())
+    for name in _set_aside(history):
+        not_checked[name] = f"the probe was set aside: {history.reasons.get(name, 'it raised')}"
     unseen = _unseen(history)
     if unseen:
         not_checked["the rest of the run"] = unseen
@@ -37,6 +39,11 @@ def diagnose(history: History, catalogue: Catalogue) -> Diagnosis:
         checked=checked,
         not_checked=not_checked,
     )
+
+
+def _set_aside(history: History) -> list[str]:
+    """Return the ids of the probes that raised."""
+    return [name for name in history.facts.get("set_aside", "").split(", ") if name]
 
 
 def _unseen(history: History) -> str:
@@ -51,8 +58,7 @@ def _unseen(history: History) -> str:
 def _verdict(symptoms: list[Symptom], checked: dict[str, str], history: History, *, complete: bool) -> Verdict:
     if symptoms:
         return "faulty"
-    set_aside = history.facts.get("set_aside")
-    return "healthy" if checked and complete and not set_aside else "inconclusive"
+    return "healthy" if checked and complete and not _set_aside(history) else "inconclusive"
 
 
 # ---------------------------------------------------------------- symptoms

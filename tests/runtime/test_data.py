@@ -109,9 +109,7 @@ def transitions(chain: Markov) -> npt.NDArray[np.float64]:
     return matrix
 
 
-@pytest.mark.parametrize(
-    ("order", "vocabulary"), [(1, 2), (1, 5), (1, 16), (2, 3), (2, 6), (3, 2)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("order", "vocabulary"), [(1, 2), (1, 5), (1, 16), (2, 3), (2, 6), (3, 2)], ids=str)
 def test_the_floor_is_the_entropy_rate_by_the_eigenvector_of_the_chain(order: int, vocabulary: int) -> None:
     chain = Markov(order, vocabulary, 4, 8, seed=1)
     values, vectors = np.linalg.eig(transitions(chain).T)
@@ -122,6 +120,7 @@ def test_the_floor_is_the_entropy_rate_by_the_eigenvector_of_the_chain(order: in
     entropy = -(table * np.log(table)).sum(-1)
     np.testing.assert_allclose(chain.stationary.numpy(), stationary, atol=1e-9)
     assert chain.floor == pytest.approx(float(stationary @ entropy), abs=1e-9)
+    assert chain.floor is not None
     assert 0 < chain.floor < math.log(vocabulary)
 
 

@@ -1,0 +1,226 @@
+"""Whatever a person gives that cannot be used is told in one line, with exit status 2, and nothing is lost."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+import tomli_w
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lab
+from lab.cli import status_of
+from lab.scenario import Scenario, read_scenario
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = """
+title = "small"
+project = "decoder"
+steps = 2
+[model]
+layers = 1
+width = 16
+heads = 2
+context = 16
+[data]
+source = "markov"
+batch = 2
+"""
+FAULT = '[[fault]]\nid = "mask.future_leak"\n'
+PLUGIN = """
+import lab
+@lab.probe("mine", title="mine")
+class Mine(lab.Probe):
+    def lab_step_end(self, step): ...
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
+    status = status_of(arguments)
+    said = capsys.readouterr()
+    assert status == 2, said
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("lab: ")
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+SCENARIOS = {
+    "unknown key": ("stpes = 3\n" + GOOD, ["stpes", "steps"]),
+    "unknown key in a table": (GOOD.replace("layers", "layer"), ["model.layer", "'layers'"]),
+    "wrong type": (GOOD.replace("steps = 2", 'steps = "many"'), ["steps", "'many'", "integer"]),
+    "out of bounds": (GOOD.replace("heads = 2", "heads = 0"), ["model.heads", "0", "greater than or equal to 1"]),
+    "a number that is none": (GOOD + "[train]\nlr = nan\n", ["train.lr", "nan", "finite"]),
+    "missing project": (GOOD.replace('project = "decoder"', ""), ["project", "missing"]),
+    "unknown project": (GOOD.replace('"decoder"', '"decodr"'), ["project", "decodr", "'decoder'"]),
+    "unknown fault": (
+        GOOD + '[[fault]]\nid = "mask.futur_leak"\n',
+        ["fault[0].id", "mask.futur_leak", "'mask.future_leak'"],
+    ),
+    "unknown parameter": (GOOD + FAULT + "ofset = 2\n", ["fault[0]", "ofset", "'offset'"]),
+    "parameter out of bounds": (GOOD + FAULT + "offset = 0\n", ["fault[0].offset", "0", "greater than or equal to 1"]),
+    "missing parameter": (GOOD + '[[fault]]\nid = "numerics.nonfinite"\n', ["fault[0].at", "missing"]),
+    "no such site": (GOOD + FAULT + 'at = "blocks.7.attn"\n', ["blocks.7.attn.mask", "blocks.0.attn"]),
+    "no such parameter": (
+        GOOD + '[[fault]]\nid = "optimizer.missing_parameter"\nat = "nose"\n',
+        ["no parameter", "nose"],
+    ),
+    "no such matrix": (GOOD + '[[fault]]\nid = "init.too_large"\nat = "nose"\n', ["no matrix", "nose"]),
+    "unknown probe": ('probes = ["gradient"]\n' + GOOD, ["probes", "gradient", "'gradients'"]),
+    "unknown cause": (GOOD + '[expect]\ncause = "mask.future"\n', ["expect.cause", "mask.future"]),
+    "bad condition": (
+        GOOD + '[[check]]\nmetric = "loss"\nis = "bigger than 3"\n',
+        ["check[0].is", "bigger than 3", "above X"],
+    ),
+    "syntax error": ("title = = 3", ["not valid TOML", "line 1"]),
+    "unknown source": (GOOD.replace('"markov"', '"python-doc"'), ["data.source", "python-doc", "'python-docs'"]),
+    "width no multiple of heads": (GOOD.replace("heads = 2", "heads = 3"), ["model.width = 16", "model.heads = 3"]),
+    "a table too large": (GOOD + "order = 4\nvocabulary = 4096\n", ["4096**4", "too large"]),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_bad_scenario(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    text, words = SCENARIOS[name]
+    (tmp_path / "s.toml").write_text(text)
+    refused(capsys, ["run", "s.toml"], *words)
+
+
+def test_a_text_too_short_for_the_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "tiny.txt").write_text("too short")
+    (tmp_path / "s.toml").write_text(GOOD.replace('"markov"', '"tiny.txt"'))
+    refused(capsys, ["run", "s.toml"], "tiny.txt", "9 characters", "context of 16")
+
+
+def test_files_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "dangling.toml").symlink_to("nowhere")
+    refused(capsys, ["run", "bytes.toml"], "bytes.toml", "UTF-8")
+    refused(capsys, ["run", "folder.toml"], "folder.toml")
+    refused(capsys, ["run", "dangling.toml"], "dangling.toml", "no such file")
+    refused(capsys, ["run", "read-the-future"], "read-the-future", "'reads-the-future'")
+
+
+COMMANDS = {
+    "unknown command": (["runn", "x"], ["runn"]),
+    "unknown option": (["run", "s.toml", "--sed", "3"], ["--sed"]),
+    "negative seed": (["run", "s.toml", "--seed", "-1"], ["--seed", "-1"]),
+    "no steps": (["run", "s.toml", "--steps", "0"], ["--steps", "0"]),
+    "unknown device": (["run", "s.toml", "--device", "nonsense"], ["--device nonsense", "cpu"]),
+    "a device that is not here": (["run", "s.toml", "--device", "cuda:77"], ["--device cuda:77"]),
+    "unknown kind": (["list", "fault"], ["fault"]),
+    "unknown name": (["show", "mask.future_leek"], ["mask.future_leek", "'mask.future_leak'"]),
+    "nothing to show": (["show"], ["NAME"]),
+    "no run at all": (["board"], ["runs", "no run yet"]),
+    "no run folder": (["diagnose", "nowhere"], ["nowhere", "no such folder"]),
+    "an empty folder": (["diagnose", "empty"], ["empty", "metrics.db"]),
+    "a board on an empty folder": (["board", "empty"], ["empty", "no run folder"]),
+    "out below a file": (["run", "s.toml", "--out", "s.toml/run"], ["s.toml/run", "cannot hold a run"]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_bad_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    arguments, words = COMMANDS[name]
+    (tmp_path / "s.toml").write_text(GOOD)
+    (tmp_path / "empty").mkdir()
+    refused(capsys, arguments, *words)
+
+
+PLUGINS = {
+    "syntax error": ("def f(:\n", ["line 1", "SyntaxError"]),
+    "raises at import": ("x = 1\nraise KeyError('oops')\n", ["line 2", "oops"]),
+    "exits": ("import sys\nsys.exit(3)\n", ["SystemExit"]),
+    "nothing marked": ("x = 1\n", ["nothing in it is marked", "@lab.probe"]),
+    "misspelt hook": (PLUGIN.replace("lab_step_end", "lab_step_ends"), ["lab_step_ends", "'lab_step_end'"]),
+    "misspelt argument": (PLUGIN.replace("self, step", "self, stepp"), ["stepp", "'step'"]),
+    "taken id": (PLUGIN.replace('"mine", title', '"loss", title'), ["'loss'", "taken"]),
+    "no base class": (PLUGIN.replace("(lab.Probe)", ""), ["Mine", "lab.Probe"]),
+}
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_bad_plugin(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    text, words = PLUGINS[name]
+    (tmp_path / "p.py").write_text(text)
+    refused(capsys, ["list", "--plugin", "p.py"], "p.py", *words)
+
+
+def test_a_plugin_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["list", "--plugin", "nowhere.py"], "nowhere.py", "no such file")
+    refused(capsys, ["list", "--plugin", "no_such_module"], "no_such_module")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("plugins = [", ["not TOML"]),
+        ("plugin = []", ["plugin", "'plugins'"]),
+        ('plugins = ["x.py"]', ["x.py", "no such file"]),
+    ],
+)
+def test_a_bad_settings_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "lab.toml").write_text(text)
+    refused(capsys, ["list"], "lab.toml", *words)
+
+
+def test_a_run_that_is_there_is_not_overwritten(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(GOOD)
+    status_of(["run", "s.toml", "--out", "run"])
+    capsys.readouterr()
+    before = lab.load("run").metrics
+    refused(capsys, ["run", "s.toml", "--out", "run"], "run", "holds a run already")
+    assert lab.load("run").metrics.equals(before)
+
+    shutil.copytree("run", "damaged")
+    for leftover in (tmp_path / "damaged").glob("metrics.db*"):
+        leftover.unlink()
+    (tmp_path / "damaged" / "metrics.db").write_bytes(b"not a database at all" * 100)
+    refused(capsys, ["diagnose", "damaged"], "metrics.db", "damaged")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=60), st.text(alphabet="[]={}\"'\n#.ab1 -", max_size=60).map(str.encode)))
+def test_any_bytes_are_read_or_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "s.toml"
+    path.write_bytes(data)
+    with pytest.raises(lab.BadInput) as refusal:
+        read_scenario(path)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+SCALARS = st.one_of(
+    st.none().map(lambda _: "x"), st.integers(-(2**62), 2**62), st.floats(), st.booleans(), st.text(max_size=5)
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+)
+KEYS = st.sampled_from([*Scenario.model_fields, "nonsense"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+def test_any_document_is_read_or_refused_in_one_line(tmp_path: Path, document: dict[str, object]) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(tomli_w.dumps({"title": "t", "project": "decoder", **document}), encoding="utf-8")
+    try:
+        read = read_scenario(path)
+    except lab.BadInput as refusal:
+        said = str(refusal)
+    else:
+        assert isinstance(read, Scenario)
+        return
+    assert len(said.splitlines()) == 1
+    assert "s.toml" in said
