@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 from lab.diagnosis.model import Basis, Cause, Phase, Symptom
 from lab.errors import BadInput, FaultFailed, LabError, nearest, one_line
+from lab.names import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -126,7 +126,10 @@ class Fault(Plugin):
             with naming(self):
                 return self.active(run)
 
-        run.sites.replace(pattern, named, active, grad=grad)
+        try:
+            run.sites.replace(pattern, named, active, grad=grad)
+        except BadInput as error:
+            raise BadInput(f"{plugin_id(self)}: at = {self.at!r}: {error}") from None
 
 
 class Probe(Plugin):
@@ -206,21 +209,6 @@ def rule(id: str, *, title: str, reads: tuple[str, ...], basis: Basis, phase: Ph
         return Rule(id, title, reads, basis, phase, judge, _doc(judge))
 
     return mark
-
-
-def within(name: str, pattern: str) -> bool:
-    """Whether a dotted name matches a pattern, or stands inside something that does.
-
-    ``*`` stands for any text within one part of a name, ``**`` for any number of parts.
-    """
-    return pattern_of(f"{pattern}.**").fullmatch(name) is not None
-
-
-def pattern_of(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern over dotted names; see `within`."""
-    parts = re.split(r"(\*\*\.|\.\*\*|\*\*|\*)", pattern)
-    meaning = {"**.": r"(?:.*\.)?", ".**": r"(?:\..*)?", "**": ".*", "*": r"[^.]*"}
-    return re.compile("".join(meaning.get(part) or re.escape(part) for part in parts))
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lab.catalogue import pattern_of
 from lab.errors import BadInput, nearest
+from lab.names import pattern_of
 
 Mode = Literal["train", "evaluate", "generate", "examine"]
 Change = Callable[[Tensor], Tensor]

@@ -67,6 +67,11 @@ class Series:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def first(self, wrong: npt.NDArray[np.bool_]) -> tuple[int, float] | None:
+        """Return the step and the value where `wrong` [n] is first true; None when it never is."""
+        where = np.flatnonzero(wrong)
+        return (int(self.steps[where[0]]), float(self.values[where[0]])) if len(where) else None
+
     @property
     def finite(self) -> Series:
         """The part that is finite."""

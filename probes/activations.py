@@ -91,14 +91,8 @@ class Activations(Probe):
 def value_nonfinite(history: History) -> Iterator[Symptom]:
     """No sum, product or exponential of finite numbers of ordinary size is NaN or infinite."""
     for site, series in history.each("activation.rms"):
-        bad = np.flatnonzero(~np.isfinite(series.values))
-        if len(bad):
-            step = int(series.steps[bad[0]])
-            before = f"; it was finite until step {step - 1}" if bad[0] else ""
-            yield Symptom(
-                at=site,
-                since=step,
-                seen=float(series.values[bad[0]]),
-                expected="finite",
-                text=f"the value at {site} is not finite from step {step}{before}",
-            )
+        if found := series.first(~np.isfinite(series.values)):
+            step, seen = found
+            before = f"; it was finite until step {step - 1}" if step > series.steps[0] else ""
+            text = f"the value at {site} is not finite from step {step}{before}"
+            yield Symptom(at=site, since=step, seen=seen, expected="finite", text=text)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
@@ -59,19 +57,14 @@ class Attention(Probe):
 )
 def attention_future(history: History) -> Iterator[Symptom]:
     """Where the next token is to be predicted, a pattern that reaches later positions reads the answer."""
-    if not np.nanmax(history.series("causality.next_token").values) > 0.5:
-        return
+    share = history.series("causality.next_token").finite.values
+    if not len(share) or not share.max() > 0.99:
+        raise NotChecked("the targets are not the next tokens, so the model need not be causal")
     for site, series in history.each("attention.future"):
-        bad = np.flatnonzero(series.values > 1e-6)
-        if len(bad):
-            step, share = int(series.steps[bad[0]]), float(series.values[bad[0]])
-            yield Symptom(
-                at=site,
-                since=step,
-                seen=share,
-                expected="0",
-                text=f"{site} puts up to {share:.0%} of a row on later positions, from step {step}",
-            )
+        if found := series.first(series.values > 1e-6):
+            step, seen = found
+            text = f"{site} puts up to {seen:.0%} of a row on later positions, from step {step}"
+            yield Symptom(at=site, since=step, seen=seen, expected="0", text=text)
 
 
 @rule(
@@ -84,8 +77,8 @@ def attention_future(history: History) -> Iterator[Symptom]:
 def attention_rows(history: History) -> Iterator[Symptom]:
     """A softmax sums to 1 along the axis that it was taken over; float error grows with the length of the row."""
     for site, series in history.each("attention.row_error"):
-        bad = np.flatnonzero(series.values > 1e-2)  # bfloat16 keeps 8 bits: 2^-8 a term, and errors cancel
-        if len(bad):
-            step, error = int(series.steps[bad[0]]), float(series.values[bad[0]])
+        # bfloat16 keeps 8 bits: 2^-8 a term, and errors cancel.
+        if found := series.first(series.values > 1e-2):
+            step, error = found
             text = f"a row of {site} sums to 1 only within {error:.2g}, from step {step}"
             yield Symptom(at=site, since=step, seen=error, expected="0", text=text)

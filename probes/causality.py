@@ -158,10 +158,10 @@ def _is_causal(history: History) -> bool:
     return True
 
 
-def _past_dependence_on_future(history: History, metric: str, site: str) -> tuple[int, float] | None:
+def _leak(history: History, metric: str, site: str) -> tuple[int, float] | None:
+    """Return the step at which a share on later positions was first above rounding, and that share."""
     series = history.series(metric, site).finite
-    bad = np.flatnonzero(series.values > ROUNDING)
-    return (int(series.steps[bad[0]]), float(series.values[bad[0]])) if len(bad) else None
+    return series.first(series.values > ROUNDING)
 
 
 @rule(
@@ -175,7 +175,7 @@ def causality_future(history: History) -> Iterator[Symptom]:
     """Where the targets are the next tokens, ``d out_i / d x_j = 0`` for j > i, or the model is shown the answer."""
     if not len(history.series("causality.future").finite):
         raise NotChecked("the outputs were not finite when it was tried")
-    if _is_causal(history) and (found := _past_dependence_on_future(history, "causality.future", "")):
+    if _is_causal(history) and (found := _leak(history, "causality.future", "")):
         step, share = found
         yield Symptom(
             at="",
@@ -198,9 +198,7 @@ def causality_leak(history: History) -> Iterator[Symptom]:
     """Each module alone, where the model as a whole leaks; the innermost that leak are named."""
     _is_causal(history)
     leaks = {
-        s: f
-        for s in history.sites("causality.module_future")
-        if (f := _past_dependence_on_future(history, "causality.module_future", s))
+        s: f for s in history.sites("causality.module_future") if (f := _leak(history, "causality.module_future", s))
     }
     for site, (step, share) in leaks.items():
         if not any(other.startswith(f"{site}.") for other in leaks):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
@@ -50,8 +48,7 @@ def evaluation_random(history: History) -> Iterator[Symptom]:
     series = history.series("determinism.difference").finite
     if not len(series):
         raise NotChecked("the outputs were not finite when it was tried")
-    bad = np.flatnonzero(series.values > 1e-4)
-    if len(bad):
-        step, difference = int(series.steps[bad[0]]), float(series.values[bad[0]])
+    if found := series.first(series.values > 1e-4):
+        step, difference = found
         text = f"two evaluations of the same batch differ by {difference:.2g} of the largest output, at step {step}"
         yield Symptom(at="", since=step, seen=difference, expected="0", text=text)

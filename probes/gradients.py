@@ -94,16 +94,10 @@ def gradient_nonfinite(history: History) -> Iterator[Symptom]:
     """A gradient that is NaN or infinite destroys whatever it is added to."""
     for metric in ("gradient.site", "gradient.norm"):
         for place, series in history.each(metric):
-            bad = np.flatnonzero(~np.isfinite(series.values))
-            if len(bad):
-                step = int(series.steps[bad[0]])
-                yield Symptom(
-                    at=place,
-                    since=step,
-                    seen=float(series.values[bad[0]]),
-                    expected="finite",
-                    text=f"the gradient of {place} is not finite from step {step}",
-                )
+            if found := series.first(~np.isfinite(series.values)):
+                step, seen = found
+                text = f"the gradient of {place} is not finite from step {step}"
+                yield Symptom(at=place, since=step, seen=seen, expected="finite", text=text)
 
 
 @rule(

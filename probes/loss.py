@@ -35,11 +35,10 @@ class Loss(Probe):
 def loss_nonfinite(history: History) -> Iterator[Symptom]:
     """Nothing can be learned from a loss that is NaN or infinite."""
     series = history.series("loss")
-    bad = np.flatnonzero(~np.isfinite(series.values))
-    if len(bad):
-        step = int(series.steps[bad[0]])
+    if found := series.first(~np.isfinite(series.values)):
+        step, seen = found
         text = f"the loss is not finite from step {step}"
-        yield Symptom(at="", since=step, seen=float(series.values[bad[0]]), expected="finite", text=text)
+        yield Symptom(at="", since=step, seen=seen, expected="finite", text=text)
 
 
 @probe(

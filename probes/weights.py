@@ -102,11 +102,10 @@ class Movement(_Moves):
 def weight_nonfinite(history: History) -> Iterator[Symptom]:
     """A weight that is NaN or infinite stays so."""
     for name, series in history.each("weight.norm"):
-        bad = np.flatnonzero(~np.isfinite(series.values))
-        if len(bad):
-            step = int(series.steps[bad[0]])
+        if found := series.first(~np.isfinite(series.values)):
+            step, seen = found
             text = f"the weight {name} is not finite at step {step}"
-            yield Symptom(at=name, since=step, seen=float(series.values[bad[0]]), expected="finite", text=text)
+            yield Symptom(at=name, since=step, seen=seen, expected="finite", text=text)
 
 
 def _unmoved(history: History, *, held: bool) -> Iterator[Symptom]:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lab.catalogue import pattern_of, within
 from lab.errors import BadInput
+from lab.names import pattern_of, within
 from lab.projects.attention.component import Attention
 from lab.projects.decoder.component import Decoder
 from lab.sites import Component, Mode, Site, Sites, sites_of

@@ -5,6 +5,7 @@ Only the order of the calls stands here; the mathematics is in ``lab.projects``.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,8 @@ from lab.runtime.data import Source, make_source
 from lab.sites import sites_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.optim import Optimizer
 
     from lab.diagnosis.model import Diagnosis
@@ -28,12 +31,25 @@ HELD_OUT_BATCHES = 4
 SAMPLE_LENGTH = 80
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while in the block; then each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Engine:
     """Runs a scenario, watched by a session."""
 
     def __init__(self, scenario: Scenario, session: Session) -> None:
         self.scenario = scenario
         self.session = session
+        self._draw = torch.Generator()  # of its own: sampling must not change what training draws
 
     # ---------------------------------------------------------------- scopes
 
@@ -78,30 +94,25 @@ class Engine:
     @torch.no_grad()
     def lab_evaluate(self, run: Run) -> Tensor:
         """The mean loss over a few held-out batches, in evaluation mode."""
-        training = run.model.training
-        run.model.eval()
         losses = []
-        with run.sites.running("evaluate"):
+        with evaluating(run.model), run.sites.running("evaluate"):
             for i in range(HELD_OUT_BATCHES):
                 part = Step(i, mode="evaluate")
                 part.batch = run.hook.lab_batch(run=run, step=part)
                 part.logits = run.hook.lab_forward(run=run, step=part)
                 losses.append(run.hook.lab_loss(run=run, step=part))
-        run.model.train(training)
         return torch.stack(losses).mean()
 
     @torch.no_grad()
     def lab_generate(self, run: Run, step: Step, prompt: Tensor, length: int) -> Tensor:
         """Sample token by token, from as much of the past as the context holds."""
-        training = run.model.training
-        run.model.eval()
         tokens = prompt
-        with run.sites.running("generate"):
+        self._draw.manual_seed(run.seed)
+        with evaluating(run.model), run.sites.running("generate"):
             for _ in range(length):
                 step.batch = Batch((tokens[:, -self.scenario.model.context :],))
                 step.logits = run.hook.lab_forward(run=run, step=step)
                 tokens = torch.cat([tokens, run.hook.lab_next_token(run=run, step=step)], dim=1)  # [B T+1]
-        run.model.train(training)
         return tokens
 
     def _sample(self, run: Run, step: Step) -> None:
@@ -179,10 +190,9 @@ class Engine:
         run.optimizer.step()
         return True
 
-    def lab_next_token(self, run: Run, step: Step) -> Tensor:
-        """Sample from the softmax of the last logits, by a generator of the run's seed."""
+    def lab_next_token(self, step: Step) -> Tensor:
+        """Sample from the softmax of the last logits, by a generator that starts from the run's seed."""
         assert step.logits is not None
         last = step.logits[:, -1].float()  # [B V]
         probabilities = torch.softmax(torch.nan_to_num(last), dim=-1).cpu()
-        draw = torch.Generator().manual_seed(run.seed * 1_000_003 + step.batch.inputs.shape[1])  # type: ignore[union-attr]
-        return torch.multinomial(probabilities, 1, generator=draw).to(last.device)
+        return torch.multinomial(probabilities, 1, generator=self._draw).to(last.device)
