@@ -51,17 +51,18 @@ class Results:
         return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable", ignore_index=True)
 
     def table(self, metric: str) -> pd.DataFrame:
-        """One metric: a row a step, a column a site.
+        """One metric: a row a step, a column a site. Of two values in one step the later one.
 
         Raises:
             BadInput: It was not recorded.
         """
-        frame = self.metrics
-        found = frame[frame["metric"] == metric]
-        if found.empty:
+        import pandas as pd
+
+        columns = {site: pd.Series(series.values, series.steps) for site, series in self.history.each(metric)}
+        if not columns:
             raise BadInput(f"{self.folder}: no metric {metric!r}{nearest(metric, self.history.metrics)}")
-        wide = found.pivot_table(index="step", columns="site", values="value", sort=False, aggfunc="last", dropna=False)
-        return wide.sort_index()
+        newest = {site: column[~column.index.duplicated(keep="last")] for site, column in columns.items()}
+        return pd.concat(newest, axis=1).sort_index().rename_axis(index="step", columns="site")
 
     @property
     def findings(self) -> pd.DataFrame:
@@ -69,7 +70,7 @@ class Results:
         import pandas as pd
 
         path = self.folder / FINDINGS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         return pd.DataFrame([found for line in lines if (found := _json(line)) is not None])
 
     def diagnosis(self, catalogue: Catalogue | None = None) -> Diagnosis:
@@ -101,6 +102,6 @@ def load(path: str | Path) -> Results:
     if run_file.is_file():
         try:
             about = tomllib.loads(run_file.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{run_file}: damaged: {error}") from None
     return Results(folder, about, read_history(folder / METRICS))
