@@ -43,6 +43,7 @@ class TooLarge(Fault):
     std: Annotated[float, Gt(0)] = 1.0
 
     def lab_build_model(self) -> Generator[None, nn.Module, nn.Module]:
+        self.from_the_start()
         model = yield
         matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and self.holds(name)]
         if not matrices:

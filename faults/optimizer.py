@@ -38,6 +38,7 @@ class MissingParameter(Fault):
     at: str = "blocks.0.mlp.up"
 
     def lab_build_optimizer(self, run: Run) -> Generator[None, Optimizer, Optimizer]:
+        self.from_the_start()
         optimizer = yield
         left_out = {id(p) for name, p in run.model.named_parameters() if self.holds(name)}
         if not left_out:

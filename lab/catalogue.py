@@ -107,6 +107,15 @@ class Fault(Plugin):
         """Whether the run has reached `from_step`."""
         return run.step.index >= self.from_step
 
+    def from_the_start(self) -> None:
+        """Refuse a `from_step`: for a fault that acts when the run is built, it could mean nothing.
+
+        Raises:
+            BadInput: `from_step` is not 0.
+        """
+        if self.from_step:
+            raise BadInput(f"{self.info.id}: from_step = {self.from_step}; it acts when the run is built: leave it out")
+
     def holds(self, parameter: str) -> bool:
         """Whether a parameter, by its name, is what `at` names or stands inside it."""
         return within(parameter, self.at)

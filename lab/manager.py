@@ -130,7 +130,7 @@ def _load_file(path: Path) -> ModuleType:
 
 def _line_in(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
-        return f" line {error.lineno}"
+        return f" line {error.lineno}" if error.lineno else ""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.absolute()]
     return f" line {lines[-1]}" if lines else ""
 

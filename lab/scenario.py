@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from lab.catalogue import parameters
+from lab.catalogue import naming, parameters
 from lab.errors import BadInput, nearest, shown
 from lab.projects import PROJECTS
 from lab.shelf import find_scenarios
@@ -208,7 +208,7 @@ def explain(error: ValidationError, model: type[BaseModel] | None) -> str:
 
 def _reason(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
-    if message.startswith("found"):
+    if message.startswith("found") or not detail["loc"]:
         return message
     if detail["type"] == "model_type":
         message = "it should be a table"
@@ -252,10 +252,12 @@ def make_fault(section: FaultSection, catalogue: Catalogue, where: str) -> Fault
     for name in section.parameters:
         if name not in known:
             raise BadInput(f"{where}: {section.id} has no parameter {name!r}{nearest(name, known)}")
-    try:
-        return TypeAdapter(cls).validate_python(section.parameters)
-    except ValidationError as error:
-        raise BadInput(f"{where}.{explain(error, None)}") from None
+    with naming(cls):
+        try:
+            return TypeAdapter(cls).validate_python(section.parameters)
+        except ValidationError as error:
+            key = "." if error.errors()[0]["loc"] else ""
+            raise BadInput(f"{where}{key}{explain(error, None)}") from None
 
 
 def check_names(scenario: Scenario, catalogue: Catalogue, where: str) -> None:

@@ -54,6 +54,7 @@ def list_(kind: str | None, *, as_json: bool, plugins: tuple[str, ...]) -> None:
         print_json(found)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -63,7 +64,7 @@ def list_(kind: str | None, *, as_json: bool, plugins: tuple[str, ...]) -> None:
         table.columns[0].no_wrap = True
         table.show_header = False
         for row in rows:
-            table.add_row(row["id"], _described(name, row))
+            table.add_row(escape(str(row["id"])), _described(name, row))
         console.print(table)
         console.print()
     if kind is None:
@@ -71,7 +72,9 @@ def list_(kind: str | None, *, as_json: bool, plugins: tuple[str, ...]) -> None:
 
 
 def _described(kind: str, row: dict[str, Any]) -> str:
-    text = str(row["title"])
+    from rich.markup import escape
+
+    text = escape(str(row["title"]))
     if kind == "projects":
         return f"{row['number']:>2}. {text}" + ("" if row["ready"] else "  [dim](not built yet)[/]")
     if kind == "scenarios":

@@ -94,5 +94,5 @@ def _fault(cls: Any) -> dict[str, Any]:
 
 def _parameter(field: dataclasses.Field[Any]) -> str:
     kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-    default = "required" if field.default is dataclasses.MISSING else repr(field.default)
-    return f"{default}    ({kind})"
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return f"{'required' if default is dataclasses.MISSING else repr(default)}    ({kind})"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,6 +54,8 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: st
     lines = said.err.splitlines()
     assert len(lines) == 1, said.err
     assert lines[0].startswith("lab: ")
+    assert lines[0].removeprefix("lab: ").strip()
+    assert "Traceback" not in said.err
     for word in words:
         assert word in lines[0], lines[0]
 
@@ -71,12 +75,40 @@ SCENARIOS = {
     "unknown parameter": (GOOD + FAULT + "ofset = 2\n", ["fault[0]", "ofset", "'offset'"]),
     "parameter out of bounds": (GOOD + FAULT + "offset = 0\n", ["fault[0].offset", "0", "greater than or equal to 1"]),
     "missing parameter": (GOOD + '[[fault]]\nid = "numerics.nonfinite"\n', ["fault[0].at", "missing"]),
-    "no such site": (GOOD + FAULT + 'at = "blocks.7.attn"\n', ["blocks.7.attn.mask", "blocks.0.attn"]),
+    "no such site": (
+        GOOD + FAULT + 'at = "blocks.7.attn"\n',
+        ["mask.future_leak", "at = 'blocks.7.attn'", "'blocks.0.attn.mask'"],
+    ),
+    "parameter of the wrong type": (GOOD + FAULT + 'offset = "one"\n', ["fault[0].offset", "'one'", "integer"]),
+    "parameter that is no number": (
+        GOOD + '[[fault]]\nid = "init.too_large"\nstd = nan\n',
+        ["fault[0].std", "nan", "greater than 0"],
+    ),
+    "parameter that is a deep table": (
+        GOOD + FAULT + "offset" + ".a" * 5000 + " = 1\n",
+        ["fault[0].offset", "integer"],
+    ),
+    "fault without an id": (GOOD + "[[fault]]\noffset = 1\n", ["fault[0].id", "missing"]),
+    "truth in place of a number": (GOOD.replace("steps = 2", "steps = true"), ["steps", "True", "integer"]),
+    "an integer of 5000 digits": ("seed = " + "9" * 5000 + GOOD, ["not valid TOML", "digits"]),
+    "a list in place of a table": ("train = [1]\n" + GOOD, ["train", "[1]", "table"]),
+    "too large to count": (GOOD.replace("width = 16", f"width = {10**30}"), ["model.width", "less than or equal to"]),
+    "too large for the memory": (GOOD.replace("width = 16", "width = 1000000"), ["memory of cpu", "[model]"]),
+    "a rate that is too high": (GOOD + "[train]\nlr = 1e308\n", ["train.lr", "1e+308", "less than or equal to"]),
+    "a source with a strange name": (GOOD.replace('"markov"', '"a\\u0000b"'), ["data.source", "a\\x00b", "markov"]),
+    "a source with a long name": (GOOD.replace('"markov"', f'"{"x" * 5000}"'), ["data.source", "xxx", "too long"]),
     "no such parameter": (
         GOOD + '[[fault]]\nid = "optimizer.missing_parameter"\nat = "nose"\n',
         ["no parameter", "nose"],
     ),
     "no such matrix": (GOOD + '[[fault]]\nid = "init.too_large"\nat = "nose"\n', ["no matrix", "nose"]),
+    "a step for what has none": (
+        GOOD + '[[fault]]\nid = "init.too_large"\nfrom_step = 3\n',
+        ["init.too_large", "from_step = 3"],
+    ),
+        GOOD + '[[fault]]\nid = "init.too_large"\nfrom_step = 3\n',
+        ["init.too_large", "from_step = 3"],
+    ),
     "unknown probe": ('probes = ["gradient"]\n' + GOOD, ["probes", "gradient", "'gradients'"]),
     "unknown cause": (GOOD + '[expect]\ncause = "mask.future"\n', ["expect.cause", "mask.future"]),
     "bad condition": (
@@ -94,13 +126,40 @@ SCENARIOS = {
 def test_a_bad_scenario(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     text, words = SCENARIOS[name]
     (tmp_path / "s.toml").write_text(text)
-    refused(capsys, ["run", "s.toml"], *words)
+    refused(capsys, ["run", "s.toml"], "s.toml", *words)
+    assert not list(tmp_path.glob("runs/*"))  # what was refused is no run
+
+
+def test_a_refused_run_leaves_its_folder_free(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(GOOD + FAULT + 'at = "blocks.7.attn"\n')
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.txt").write_text("mine")
+    for out in ("new", "kept"):
+        refused(capsys, ["run", "s.toml", "--out", out], "blocks.7.attn")
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine.txt"]
+    (tmp_path / "s.toml").write_text(GOOD)
+    for out in ("new", "kept"):
+        assert status_of(["run", "s.toml", "--out", out]) == 0
 
 
 def test_a_text_too_short_for_the_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "tiny.txt").write_text("too short")
     (tmp_path / "s.toml").write_text(GOOD.replace('"markov"', '"tiny.txt"'))
-    refused(capsys, ["run", "s.toml"], "tiny.txt", "9 characters", "context of 16")
+    refused(capsys, ["run", "s.toml"], "s.toml", "data.source", "tiny.txt", "9 characters", "context of 16")
+
+
+def test_a_source_that_holds_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff" * 1000)
+    for source, words in (
+        ("empty", ["no .txt, .md, .rst or .py file"]),
+        ("dangling", ["no file or folder", "markov"]),
+        ("bytes.txt", ["bytes.txt", "not UTF-8"]),
+    ):
+        (tmp_path / "s.toml").write_text(GOOD.replace('"markov"', f'"{source}"'))
+        refused(capsys, ["run", "s.toml"], "s.toml", "data.source", source, *words)
 
 
 def test_files_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -120,6 +179,21 @@ COMMANDS = {
     "no steps": (["run", "s.toml", "--steps", "0"], ["--steps", "0"]),
     "unknown device": (["run", "s.toml", "--device", "nonsense"], ["--device nonsense", "cpu"]),
     "a device that is not here": (["run", "s.toml", "--device", "cuda:77"], ["--device cuda:77"]),
+    "a device without values": (["run", "s.toml", "--device", "meta"], ["--device meta", "cpu"]),
+    "a seed too large": (["run", "s.toml", "--seed", str(2**31)], ["--seed", str(2**31 - 1)]),
+    "steps that are no number": (["run", "s.toml", "--steps", "many"], ["--steps", "'many'"]),
+    "a scenario with a long name": (["run", "x" * 5000], ["xxx", "too long"]),
+    "out with a long name": (["run", "s.toml", "--out", "x" * 5000], ["xxx", "too long"]),
+    "a plugin with a long name": (["list", "--plugin", "x" * 5000], ["xxx", "too long"]),
+    "a run with a long name": (["diagnose", "x" * 5000], ["xxx", "too long"]),
+    "a board with a long name": (["board", "x" * 5000], ["xxx", "too long"]),
+    "no scenario": (["run"], ["SCENARIO"]),
+    "an option without its value": (["run", "s.toml", "--out"], ["--out"]),
+    "one argument too many": (["diagnose", "a", "b"], ["b"]),
+    "a port that is none": (["board", "--port", "99999"], ["--port", "65535"]),
+    "a file in place of a run": (["diagnose", "s.toml"], ["s.toml", "no such folder"]),
+    "a board on a file": (["board", "s.toml"], ["s.toml", "no such folder"]),
+    "out is a file": (["run", "s.toml", "--out", "s.toml"], ["s.toml", "cannot hold a run"]),
     "unknown kind": (["list", "fault"], ["fault"]),
     "unknown name": (["show", "mask.future_leek"], ["mask.future_leek", "'mask.future_leak'"]),
     "nothing to show": (["show"], ["NAME"]),
@@ -148,6 +222,14 @@ PLUGINS = {
     "misspelt argument": (PLUGIN.replace("self, step", "self, stepp"), ["stepp", "'step'"]),
     "taken id": (PLUGIN.replace('"mine", title', '"loss", title'), ["'loss'", "taken"]),
     "no base class": (PLUGIN.replace("(lab.Probe)", ""), ["Mine", "lab.Probe"]),
+    "a fault without its base class": (
+        'import lab\n@lab.fault("x", title="t", cause="x", moves="loss", repair="r")\nclass X: ...\n',
+        ["class X", "lab.Fault"],
+    ),
+    "a hook that is no method": (PLUGIN.replace("def lab_step_end(self, step): ...", "lab_step_end = 3"), ["method"]),
+    "a module that is not there": ("x = 1\nimport no_such_module\n", ["line 2", "no_such_module"]),
+    "bad input at import": ("import lab\nraise lab.BadInput('two\\nlines')\n", ["line 2", "two"]),
+    "no text": ("x = 1\0", ["SyntaxError"]),
 }
 
 
@@ -163,12 +245,80 @@ def test_a_plugin_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["list", "--plugin", "no_such_module"], "no_such_module")
 
 
+def test_a_plugin_that_is_no_python_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(PLUGIN)
+    (tmp_path / "folder").mkdir()
+    refused(capsys, ["list", "--plugin", "p.txt"], "p.txt", ".py")
+    refused(capsys, ["list", "--plugin", "folder"], "folder", ".py")
+
+
+def package(folder: Path, name: str, **modules: str) -> None:
+    """A package that can be imported from `folder`."""
+    (folder / name).mkdir()
+    for module, text in {"__init__": "", **modules}.items():
+        (folder / name / f"{module}.py").write_text(text)
+
+
+def test_a_package_may_have_modules_that_help(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(tmp_path / "..", f"good_{tmp_path.name}", helper="x = 1\n", probes=PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path / "..")
+    assert status_of(["show", "mine", "--plugin", f"good_{tmp_path.name}"]) == 0
+    assert "mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "word"),
+    [("import no_such_module\n", "no_such_module"), ("raise SystemExit(3)\n", "SystemExit"), ("x = 1\n", "marked")],
+)
+def test_a_bad_package(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, word: str
+) -> None:
+    (tmp_path / "path").mkdir()
+    name = f"bad_{word.lower()}"
+    package(tmp_path / "path", name, inside=module)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    refused(capsys, ["list", "--plugin", name], name, word)
+
+
+@pytest.mark.parametrize(
+    ("module", "word"),
+    [
+        ("import no_such_module\n", "no_such_module"),
+        ("raise SystemExit(3)\n", "SystemExit"),
+        (PLUGIN.replace("lab_step_end", "lab_step_ends"), "'lab_step_end'"),
+        (PLUGIN.replace('"mine", title', '"loss", title'), "taken"),
+    ],
+)
+def test_an_installed_package_that_is_broken_is_left_out_and_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, word: str
+) -> None:
+    (tmp_path / "path" / "broken-1.0.dist-info").mkdir(parents=True)
+    name = f"installed_{abs(hash(word))}"
+    (tmp_path / "path" / f"{name}.py").write_text(module)
+    (tmp_path / "path" / "broken-1.0.dist-info" / "METADATA").write_text("Name: broken\nVersion: 1.0\n")
+    (tmp_path / "path" / "broken-1.0.dist-info" / "entry_points.txt").write_text(f"[lab]\nbroken = {name}\n")
+    (tmp_path / "s.toml").write_text(GOOD)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    assert status_of(["run", "s.toml"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"plugin broken ({name}) is left out: " in lines[0]
+    assert word in lines[0]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("plugins = [", ["not TOML"]),
         ("plugin = []", ["plugin", "'plugins'"]),
-        ('plugins = ["x.py"]', ["x.py", "no such file"]),
+        ('plugins = ["x.py"]', ["plugins", "x.py", "no such file"]),
+        ('plugins = "x.py"', ["plugins", "'x.py'", "list"]),
+        ("plugins = [3]", ["plugins", "[3]", "list"]),
+        ("plugins" + ".a" * 5000 + " = 3", ["plugins", "list"]),
+        ("plugins = [" + "9" * 5000 + "]", ["digits"]),
+        ('plugins = ["no_such_module"]', ["plugins", "no_such_module"]),
     ],
 )
 def test_a_bad_settings_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: list[str]) -> None:
@@ -189,6 +339,25 @@ def test_a_run_that_is_there_is_not_overwritten(capsys: pytest.CaptureFixture[st
         leftover.unlink()
     (tmp_path / "damaged" / "metrics.db").write_bytes(b"not a database at all" * 100)
     refused(capsys, ["diagnose", "damaged"], "metrics.db", "damaged")
+    (tmp_path / "damaged" / "metrics.db").write_bytes((tmp_path / "run" / "metrics.db").read_bytes()[:9000])
+    refused(capsys, ["diagnose", "damaged"], "metrics.db", "damaged")
+    shutil.copy("run/metrics.db", "damaged")
+    (tmp_path / "damaged" / "run.toml").write_bytes(b"\xff")
+    refused(capsys, ["diagnose", "damaged"], "run.toml", "damaged")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["run", "s.toml"], "stpes"), (["diagnose", "nowhere"], "nowhere"), (["lst"], "lst"), (["run", "--plugin"], "")],
+)
+def test_the_command_itself_ends_with_status_2_and_one_line(tmp_path: Path, arguments: list[str], word: str) -> None:
+    (tmp_path / "s.toml").write_text("stpes = 3\n" + GOOD)
+    command = [sys.executable, "-c", "from lab.cli import main; main()", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("lab: ")
+    assert word in done.stderr
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

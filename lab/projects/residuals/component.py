@@ -20,7 +20,7 @@ class Block(Component):
     Args:
         width, heads: C and H.
         layers: How many blocks the stream passes. Each branch ends in a gain of ``1 / sqrt(2 layers)``, so that the
-            variance of 2 x layers sums stays near 1 (Radford et al., 2019, section 2.3).
+            variance of 2 x layers sums does not grow with depth (Radford et al., 2019, section 2.3).
     """
 
     SITES = MappingProxyType({"out": "B T C"})
