@@ -51,7 +51,8 @@ def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Ca
         BadInput: A named file or module cannot be used.
     """
     catalogue = Catalogue()
-    for point in importlib.metadata.entry_points(group=GROUP):
+    points = importlib.metadata.entry_points(group=GROUP)
+    for point in sorted(points, key=lambda point: not point.module.startswith("lab.")):  # ours keep their ids
         try:
             for module in _family(importlib.import_module(point.module)):
                 _check_hooks_of_module(module, module.__name__)

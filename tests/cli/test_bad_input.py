@@ -106,9 +106,6 @@ SCENARIOS = {
         GOOD + '[[fault]]\nid = "init.too_large"\nfrom_step = 3\n',
         ["init.too_large", "from_step = 3"],
     ),
-        GOOD + '[[fault]]\nid = "init.too_large"\nfrom_step = 3\n',
-        ["init.too_large", "from_step = 3"],
-    ),
     "unknown probe": ('probes = ["gradient"]\n' + GOOD, ["probes", "gradient", "'gradients'"]),
     "unknown cause": (GOOD + '[expect]\ncause = "mask.future"\n', ["expect.cause", "mask.future"]),
     "bad condition": (
@@ -262,9 +259,10 @@ def package(folder: Path, name: str, **modules: str) -> None:
 def test_a_package_may_have_modules_that_help(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package(tmp_path / "..", f"good_{tmp_path.name}", helper="x = 1\n", probes=PLUGIN)
-    monkeypatch.syspath_prepend(tmp_path / "..")
-    assert status_of(["show", "mine", "--plugin", f"good_{tmp_path.name}"]) == 0
+    (tmp_path / "path").mkdir()
+    package(tmp_path / "path", "good_package", helper="x = 1\n", probes=PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    assert status_of(["show", "mine", "--plugin", "good_package"]) == 0
     assert "mine" in capsys.readouterr().out
 
 
@@ -283,19 +281,23 @@ def test_a_bad_package(
 
 
 @pytest.mark.parametrize(
-    ("module", "word"),
+    ("name", "module", "word"),
     [
-        ("import no_such_module\n", "no_such_module"),
-        ("raise SystemExit(3)\n", "SystemExit"),
-        (PLUGIN.replace("lab_step_end", "lab_step_ends"), "'lab_step_end'"),
-        (PLUGIN.replace('"mine", title', '"loss", title'), "taken"),
+        ("imports_nothing", "import no_such_module\n", "no_such_module"),
+        ("exits", "raise SystemExit(3)\n", "SystemExit"),
+        ("misspells_a_hook", PLUGIN.replace("lab_step_end", "lab_step_ends"), "'lab_step_end'"),
+        ("takes_an_id", PLUGIN.replace('"mine", title', '"loss", title'), "taken by lab.probes.loss"),
     ],
 )
 def test_an_installed_package_that_is_broken_is_left_out_and_named(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, word: str
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    module: str,
+    word: str,
 ) -> None:
     (tmp_path / "path" / "broken-1.0.dist-info").mkdir(parents=True)
-    name = f"installed_{abs(hash(word))}"
     (tmp_path / "path" / f"{name}.py").write_text(module)
     (tmp_path / "path" / "broken-1.0.dist-info" / "METADATA").write_text("Name: broken\nVersion: 1.0\n")
     (tmp_path / "path" / "broken-1.0.dist-info" / "entry_points.txt").write_text(f"[lab]\nbroken = {name}\n")
@@ -303,7 +305,7 @@ def test_an_installed_package_that_is_broken_is_left_out_and_named(
     monkeypatch.syspath_prepend(tmp_path / "path")
     assert status_of(["run", "s.toml"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
+    assert len(lines) == 1, lines
     assert f"plugin broken ({name}) is left out: " in lines[0]
     assert word in lines[0]
 
