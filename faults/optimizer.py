@@ -21,7 +21,7 @@ MISSING = Cause(
     "or added after the optimiser was built, is easily left out; to freeze on purpose, set requires_grad=False.",
     refute="The parameter is in optimizer.param_groups, and moves.",
     look="How the parameter groups are built, above all how names are filtered.",
-    source="CATALOGUE: optimiser and schedule; pytorch/pytorch#2830",
+    source="PyTorch documentation: torch.optim, constructing it",
 )
 
 

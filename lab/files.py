@@ -1,7 +1,8 @@
-"""The run folder: the names of its files, and how one is begun."""
+"""The run folder: the names of its files, how one is begun, and what JSON in it may hold."""
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from typing import TYPE_CHECKING, Any
@@ -52,3 +53,12 @@ def write_run_file(folder: Path, name: str, scenario: dict[str, Any], seed: int)
         "scenario": scenario,
     }
     (folder / RUN).write_text(tomli_w.dumps(about), encoding="utf-8")
+
+
+def plain(thing: Any) -> Any:
+    """Make JSON of a thing that holds numbers: what is not finite becomes null, which every reader of JSON takes."""
+    if isinstance(thing, dict):
+        return {key: plain(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return [plain(value) for value in thing]
+    return None if isinstance(thing, float) and not math.isfinite(thing) else thing

@@ -18,13 +18,13 @@ A training run, whole::
                 step.lr     = lab_schedule         # action
                 lab_before_update                  # event: gradients are final, weights are old
                 lab_update                         # action
+            with lab_evaluate:                     # scope, on evaluated steps
+                lab_batch, lab_forward, lab_loss   # the same actions; step.mode is "evaluate"
             lab_step_end                           # event: weights are new
             lab_examine                            # event, on examined steps: experiments in a sandbox
             -- what was recorded moves to the host, once --
             lab_metrics, lab_artifact              # events: numbers and pictures, on the host
             lab_finding                            # event, for each new symptom
-            with lab_evaluate:                     # scope, on evaluated steps
-                lab_batch, lab_forward, lab_loss   # the same actions; step.mode is "evaluate"
         with lab_generate:                         # scope
             lab_forward, lab_next_token            # the same; step.mode is "generate"
         lab_end                                    # event: with the diagnosis

@@ -170,6 +170,7 @@ class Manager(pluggy.PluginManager):
     Attributes:
         set_aside: Id of each probe or tool that raised, and the traceback.
         reasons: The same, in one line.
+        tools: Those of them that are links to other tools: nothing that is checked depends on them.
         declined: Id of each examination that said it cannot judge here, and why.
     """
 
@@ -178,6 +179,7 @@ class Manager(pluggy.PluginManager):
         self.add_hookspecs(hookspecs)
         self.set_aside: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
+        self.tools: set[str] = set()
         self.declined: dict[str, str] = {}
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
@@ -214,6 +216,20 @@ class Manager(pluggy.PluginManager):
                     guarded: Any = impl  # `function` is final to a type checker, and ours to wrap before the first call
                     guarded.function = guard(plugin, impl.function)
 
+    def add_made(self, plugin: Plugin | type[Plugin]) -> None:
+        """Register a plugin, made here when it is a class; a class that raises is set aside.
+
+        Raises:
+            BadInput: It has a misspelt hook or argument.
+        """
+        if isinstance(plugin, type):
+            try:
+                plugin = plugin()
+            except Exception as error:  # noqa: BLE001 - a stranger's plugin may raise anything
+                self.put_aside(plugin, error)
+                return
+        self.add(plugin)
+
     def guard(self, plugin: Probe, function: Callable[P, None]) -> Callable[P, None]:
         """Wrap a function of a probe: if it raises, the probe is set aside and the run goes on."""
         name = plugin_id(plugin)
@@ -240,6 +256,8 @@ class Manager(pluggy.PluginManager):
         name = plugin_id(plugin)
         self.set_aside.setdefault(name, "".join(traceback.format_exception(error)))
         self.reasons.setdefault(name, one_line(error))
+        if not issubclass(plugin if isinstance(plugin, type) else type(plugin), Probe):
+            self.tools.add(name)
 
     def _set_aside_on_error(self, plugin: Plugin, function: Callable[..., Any]) -> Callable[..., Any]:
         name = plugin_id(plugin)

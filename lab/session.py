@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lab.diagnosis.diagnose import diagnose, judge
-from lab.files import DIAGNOSIS, FINDINGS, METRICS
+from lab.files import DIAGNOSIS, FINDINGS, METRICS, plain
 from lab.sandbox import sandbox
 from lab.store import DECLINED, FACT, SET_ASIDE, TRACEBACK, Store
 
@@ -87,7 +87,7 @@ class Session:
         self._note_reasons()
         diagnosis = diagnose(run.history, self.catalogue)
         self._tell(diagnosis.symptoms, run.step)
-        text = json.dumps(diagnosis.to_dict(), indent=2, allow_nan=True)
+        text = json.dumps(plain(diagnosis.to_dict()), indent=2, allow_nan=False)
         (run.folder / DIAGNOSIS).write_text(text + "\n", encoding="utf-8")
         self.store.write_order(run.sites.order)
         self.store.commit()
@@ -132,7 +132,7 @@ class Session:
     def _judge(self, step: Step) -> list[Symptom]:
         """Apply the rules to what is known; announce and return the symptoms that are new."""
         self._note_reasons()
-        symptoms, _, _ = judge(self.run.history, self.catalogue)
+        symptoms, *_ = judge(self.run.history, self.catalogue)
         new = self._tell(symptoms, step)
         self.store.commit()
         return new
@@ -143,7 +143,7 @@ class Session:
         if new:
             with (self.run.folder / FINDINGS).open("a", encoding="utf-8") as file:
                 for symptom in new:
-                    file.write(json.dumps({"step": step.index, **symptom.to_dict()}) + "\n")
+                    file.write(json.dumps(plain({"step": step.index, **symptom.to_dict()}), allow_nan=False) + "\n")
         for symptom in new:
             self.run.plugins.event("lab_finding", self.run, step=step, symptom=symptom)
         return new
@@ -160,7 +160,8 @@ class Session:
             self.store.remark(SET_ASIDE if name in plugins.reasons else DECLINED, name, text)
         for name, text in plugins.set_aside.items():
             self.store.remark(TRACEBACK, name, text)
-        if plugins.reasons:
-            self.fact("set_aside", ", ".join(sorted(plugins.reasons)))
+        for name, kind in (("set_aside", plugins.reasons.keys() - plugins.tools), ("tools_set_aside", plugins.tools)):
+            if kind:
+                self.fact(name, ", ".join(sorted(kind)))
         self._reasons = reasons
         history.reasons = dict(reasons)

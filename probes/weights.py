@@ -68,15 +68,26 @@ class Movement(_Moves):
     """Compares each parameter before and after an update.
 
     Records ``movement.distance`` of one update, ``movement.gradient``, the norm of its gradient,
-    ``movement.held``, whether the optimiser holds it, and ``movement.rate``, the learning rate of its group.
+    ``movement.held``, whether the optimiser holds it, ``movement.rate``, the learning rate of its group, and for what
+    it does not hold ``movement.elsewhere``: how far that moved since it was last looked at, by whatever else trains it.
     """
 
+    def lab_start(self, run: Run) -> None:
+        super().lab_start(run)
+        self._kept: dict[str, Tensor] = {}
+
     def wants(self, step: Step) -> bool:
-        return step.examined
+        # The second step too: what moved between two looks tells who else trains a parameter.
+        return step.examined or step.index == 1
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         super().lab_before_update(run, step)
         if self._before:
+            held = run.held
+            others = {name: self._before[name] for name, p in run.parameters.items() if id(p) not in held}
+            for name in others.keys() & self._kept.keys():
+                step.record("movement.elsewhere", torch.linalg.vector_norm(others[name] - self._kept[name]), name)
+            self._kept = others
             self._have = tuple(n for n, p in run.parameters.items() if p.grad is not None and not p.grad.is_sparse)
             grads = [g for n in self._have if (g := run.parameters[n].grad) is not None]
             if grads:
@@ -145,8 +156,15 @@ def _all(history: History, metric: str) -> np.ndarray[tuple[int], np.dtype[np.fl
     phase="update",
 )
 def movement_unheld(history: History) -> Iterator[Symptom]:
-    """A trainable parameter that has a gradient, does not move, and is in no group of the optimiser."""
-    yield from _unmoved(history, held=False)
+    """A trainable parameter that has a gradient, is in no group of the optimiser, and is not moved by anything else."""
+    unsure = False
+    for symptom in _unmoved(history, held=False):
+        elsewhere = history.series("movement.elsewhere", symptom.at).values
+        unsure |= not len(elsewhere)
+        if len(elsewhere) and not np.any(elsewhere != 0):
+            yield symptom
+    if unsure:
+        raise NotChecked("one step was seen; whether another optimiser trains what this one does not shows in the next")
 
 
 @rule(

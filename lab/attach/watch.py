@@ -103,8 +103,10 @@ class Watch:
         self._modules = ModuleSites(model)
         self.run.attach(model, optimizer, self._modules.sites)
         self._session = Session(self.run, catalogue, examine_every=examine_every)
-        for plugin in (*plugins, *(probe() for probe in catalogue.probes.values())):
+        for plugin in plugins:
             manager.add(plugin)
+        for probe in catalogue.probes.values():
+            manager.add_made(probe)
         self._functions = CrossEntropyCalls(self._cross_entropy)
         self._undo = contextlib.ExitStack()
         self._last = self.run.step

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lab.files import plain
 from lab.manager import discover
 
 if TYPE_CHECKING:
@@ -36,12 +36,4 @@ def load_catalogue(plugins: tuple[str, ...]) -> Catalogue:
 
 def print_json(thing: Any) -> None:
     """Print as JSON. What is not a number becomes null, which every reader of JSON takes."""
-    click.echo(json.dumps(_plain(thing), indent=2, allow_nan=False))
-
-
-def _plain(thing: Any) -> Any:
-    if isinstance(thing, dict):
-        return {key: _plain(value) for key, value in thing.items()}
-    if isinstance(thing, (list, tuple)):
-        return [_plain(value) for value in thing]
-    return None if isinstance(thing, float) and not math.isfinite(thing) else thing
+    click.echo(json.dumps(plain(thing), indent=2, allow_nan=False))

@@ -58,7 +58,7 @@ def run(
             folder,
             device=device,
             twin=twin,
-            tools=lambda: [tool() for tool in catalogue.plugins.values()],
+            tools=lambda: list(catalogue.plugins.values()),
         )
     except BadInput as error:
         discard(folder)
@@ -68,6 +68,8 @@ def run(
             raise
         discard(folder)
         raise BadInput(f"{scenario}: does not fit in the memory of {device}; lower data.batch or [model]") from None
+    if "tools_set_aside" in outcome.facts:
+        click.echo(f"lab: set aside, since it raised: {outcome.facts['tools_set_aside']}", err=True)
     if as_json:
         print_json(outcome.to_dict())
     else:

@@ -24,7 +24,7 @@ EVIDENCE_SHOWN = 6
 
 def diagnose(history: History, catalogue: Catalogue) -> Diagnosis:
     """Judge a run by every rule, and explain what they find."""
-    symptoms, checked, not_checked = judge(history, catalogue)
+    symptoms, checked, not_checked, raised = judge(history, catalogue)
     findings, unexplained = explain(symptoms, catalogue.causes.values())
     for name in _set_aside(history):
         not_checked[name] = f"the probe was set aside: {history.reasons.get(name, 'it raised')}"
@@ -32,7 +32,7 @@ def diagnose(history: History, catalogue: Catalogue) -> Diagnosis:
     if unseen:
         not_checked["the rest of the run"] = unseen
     return Diagnosis(
-        verdict=_verdict(symptoms, checked, history, complete=not unseen),
+        verdict=_verdict(symptoms, checked, sound=not (unseen or _set_aside(history) or raised)),
         causes=tuple(findings),
         symptoms=tuple(symptoms),
         unexplained=tuple(unexplained),
@@ -55,28 +55,40 @@ def _unseen(history: History) -> str:
     return f"it stopped before its end; {history.last_step + 1}{of} steps were seen"
 
 
-def _verdict(symptoms: list[Symptom], checked: dict[str, str], history: History, *, complete: bool) -> Verdict:
+def _verdict(symptoms: list[Symptom], checked: dict[str, str], *, sound: bool) -> Verdict:
+    """Health needs checks that ran, on a run seen to its end, with no probe and no rule that failed on the way."""
     if symptoms:
         return "faulty"
-    return "healthy" if checked and complete and not _set_aside(history) else "inconclusive"
+    return "healthy" if checked and sound else "inconclusive"
 
 
 # ---------------------------------------------------------------- symptoms
 
 
-def judge(history: History, catalogue: Catalogue) -> tuple[list[Symptom], dict[str, str], dict[str, str]]:
-    """Apply every rule. Return the symptoms, most upstream first; what was checked; what was not, and why."""
+def judge(
+    history: History, catalogue: Catalogue
+) -> tuple[list[Symptom], dict[str, str], dict[str, str], dict[str, str]]:
+    """Apply every rule.
+
+    Returns:
+        The symptoms, most upstream first; what was checked; what was not, and why; and of these, the rules that raised.
+    """
     symptoms: list[Symptom] = []
     checked: dict[str, str] = {}
     not_checked: dict[str, str] = {}
+    raised: dict[str, str] = {}
     for rule in catalogue.rules.values():
-        found, reason = _apply(rule, history, catalogue.beside(rule))
+        try:
+            found, reason = _apply(rule, history, catalogue.beside(rule))
+        except Exception as error:  # noqa: BLE001 - a stranger's rule may raise anything; the others still count
+            found, reason = [], f"the rule raised {one_line(error)}"
+            raised[rule.id] = reason
         symptoms += found
         if reason:
             not_checked[rule.id] = reason
         else:
             checked[rule.id] = rule.title
-    return sorted(symptoms, key=lambda s: s.when), checked, not_checked
+    return sorted(symptoms, key=lambda s: s.when), checked, not_checked, raised
 
 
 def _apply(rule: Rule, history: History, probes: Sequence[str]) -> tuple[list[Symptom], str]:
@@ -85,12 +97,13 @@ def _apply(rule: Rule, history: History, probes: Sequence[str]) -> tuple[list[Sy
     missing = [metric for metric in rule.reads if not history.sites(metric)]
     if missing:
         return [], "; ".join(reasons) or f"nothing recorded {missing[0]}"
+    found: list[Symptom] = []
     try:
-        found = [_complete(symptom, rule, history) for symptom in rule.judge(history)]
+        for symptom in rule.judge(history):
+            found.append(_complete(symptom, rule, history))  # noqa: PERF401 - what came before the end is kept
     except NotChecked as reason:
-        return [], str(reason)
-    except Exception as error:  # noqa: BLE001 - a stranger's rule may raise anything; the others still count
-        return [], f"the rule raised {one_line(error)}"
+        if not found:
+            return [], str(reason)
     return found, "" if found else "; ".join(reasons)
 
 

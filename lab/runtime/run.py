@@ -17,7 +17,7 @@ from lab.scenario import CheckSection, Scenario, check_names, holds, make_faults
 from lab.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from lab.catalogue import Catalogue, Fault, Plugin
@@ -80,7 +80,7 @@ def run_scenario(
     *,
     device: str = "cpu",
     twin: bool = True,
-    tools: Callable[[], list[Plugin]] = list,
+    tools: Callable[[], Sequence[Plugin | type[Plugin]]] = list,
 ) -> Outcome:
     """Run a scenario in `folder`, then its healthy twin: the same file and seed without the faults.
 
@@ -91,7 +91,7 @@ def run_scenario(
         folder: Where to keep the run. It must not hold one already.
         device: Any that torch knows.
         twin: Whether to run the twin too, where there are faults.
-        tools: Makes the links to other tools, anew for each of the two.
+        tools: Gives the links to other tools, or their classes, anew for each of the two.
 
     Raises:
         BadInput: Something that the scenario names is not there.
@@ -120,7 +120,7 @@ def run_once(
     folder: Path,
     faults: list[Fault],
     device: torch.device,
-    tools: list[Plugin],
+    tools: Sequence[Plugin | type[Plugin]],
 ) -> tuple[Diagnosis, History]:
     """Run one training, watched; see `run_scenario`."""
     new_folder(folder)
@@ -130,8 +130,9 @@ def run_once(
     session = Session(run, catalogue)
     chosen = catalogue.probes if scenario.probes is None else {p: catalogue.probes[p] for p in scenario.probes}
     try:
-        for plugin in (Engine(scenario, session), *tools, *faults, *(probe() for probe in chosen.values())):
-            manager.add(plugin)
+        manager.add(Engine(scenario, session))
+        for plugin in (*tools, *faults, *chosen.values()):
+            manager.add_made(plugin)
         diagnosis: Diagnosis = run.hook.lab_run(run=run)
     except BaseException as error:
         manager.event("lab_error", run, error=error)

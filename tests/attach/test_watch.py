@@ -191,6 +191,23 @@ def test_two_optimisers_that_share_a_graph_are_not_taken_for_a_missing_zero_grad
     assert watch.diagnosis.symptoms == ()
 
 
+@pytest.mark.parametrize("other_first", [True, False])
+def test_what_a_second_optimiser_trains_is_not_missing_from_the_first(tmp_path: Path, other_first: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.05)
+    other = torch.optim.SGD(model[0].parameters(), lr=0.05)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(4):
+            model.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            for each in (other, optimizer) if other_first else (optimizer, other):
+                each.step()
+    assert watch.diagnosis.symptoms == ()
+    assert watch.diagnosis.verdict == "healthy"
+    assert "movement.unheld" in watch.diagnosis.checked
+
+
 class Raises(lab.Probe):
     info = ProbeInfo("test.raises", "", 1, "", examines=False)
 

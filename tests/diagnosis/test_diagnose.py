@@ -130,6 +130,15 @@ def test_a_rule_that_raises_is_not_a_pass() -> None:
     assert "oops" in found.not_checked["r"]
 
 
+def test_a_rule_that_raises_beside_others_that_do_not_is_no_health() -> None:
+    def broken(_: History) -> Iterator[Symptom]:
+        raise KeyError("oops")
+
+    rules = with_rule(lambda h: [], "loss").rules | {"bad": with_rule(broken, "loss").rules["r"]}
+    found = diagnose(history(loss=1.0), Catalogue(rules=rules))
+    assert found.verdict == "inconclusive"
+
+
 def test_a_run_that_was_cut_off_is_not_called_healthy() -> None:
     cut = history(loss=1.0)
     del cut.facts["ended"]
