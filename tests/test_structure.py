@@ -19,9 +19,9 @@ LEVELS = [
     {"errors", "lazy", "names", "files"},
     {"diagnosis.model", "projects", "shelf", "hookspecs"},
     {"catalogue", "store"},
-    {"manager", "sites", "context", "sandbox", "scenario"},
-    {"diagnosis.diagnose"},  # and every project's component
-    {"session", "results"},
+    {"manager", "sites", "context", "sandbox", "scenario", "spec"},
+    {"diagnosis.diagnose"},  # and every part of a project
+    {"session", "results", "learn"},
     {"runtime", "attach"},
     {"cli"},
 ]
@@ -54,7 +54,7 @@ def imports(path: Path) -> set[str]:
 
 def level_of(module: str) -> int | None:
     """The level of a module of the core, by its name without `lab.`."""
-    if module.startswith("projects.") and module.endswith(".component"):
+    if module.startswith("projects.") and module.endswith((".component", ".spec", ".measures")):
         return COMPONENTS
     for number, names in enumerate(LEVELS):
         if any(module == name or module.startswith(f"{name}.") for name in names):
@@ -122,6 +122,7 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if not name.startswith("breaklab-")}
     tree = {str(path.relative_to(ROOT)) for path in (ROOT / "lab").rglob("*.py")} | {"lab/py.typed"}
+    tree |= {str(path.relative_to(ROOT)) for path in (ROOT / "lab" / "projects").glob("*/maths.md")}
     for family in ("faults", "probes", "plugins", "scenarios"):
         files = [p for p in (ROOT / family).rglob("*") if p.suffix in (".py", ".toml")]
         tree |= {f"lab/{path.relative_to(ROOT)}" for path in files}

@@ -19,9 +19,19 @@ class Project:
     builds: str
 
     @property
+    def folder(self) -> Path:
+        """Where it is kept; the name is an import name."""
+        return Path(__file__).parent / self.id.replace("-", "_")
+
+    @property
+    def module(self) -> str:
+        """The package it is: ``lab.projects.kv_cache``."""
+        return f"lab.projects.{self.folder.name}"
+
+    @property
     def ready(self) -> bool:
-        """Whether its component is built."""
-        return (Path(__file__).parent / self.id.replace("-", "_") / "component.py").is_file()
+        """Whether it is complete: a component, and the spec that any implementation must pass."""
+        return all((self.folder / name).is_file() for name in ("component.py", "spec.py", "measures.py", "maths.md"))
 
 
 PROJECTS: tuple[Project, ...] = (

@@ -1,0 +1,1 @@
+"""The learner's loop: build a stub, check it against the spec, keep progress."""
