@@ -41,7 +41,8 @@ def mutants(project: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("project", "name"), [(project, name) for project in READY for name in spec_of(project)], ids="-".join
+    ("project", "name"),
+    [pytest.param(project, name, id=f"{project}-{name}") for project in READY for name in spec_of(project)],
 )
 def test_the_reference_passes(project: str, name: str) -> None:
     assert spec_of(project)[name].check(part(project, "component")) is None

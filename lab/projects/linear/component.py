@@ -5,12 +5,23 @@ Glorot and Bengio, 2010 (initialisation); He et al., 2015 (its version for ReLU)
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from lab.sites import Component
+
+
+def he_std(inputs: int) -> float:
+    """Return the standard deviation that keeps the mean square through a layer and a ReLU, which halves it."""
+    return math.sqrt(2.0 / inputs)
+
+
+def glorot_std(inputs: int, outputs: int) -> float:
+    """Return the standard deviation between what keeps outputs (``1/inputs``) and gradients (``1/outputs``)."""
+    return math.sqrt(2.0 / (inputs + outputs))
 
 
 class Linear(Component):

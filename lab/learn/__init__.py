@@ -1,1 +1,0 @@
-"""The learner's loop: build a stub, check it against the spec, keep progress."""

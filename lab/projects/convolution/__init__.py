@@ -1,1 +1,0 @@
-"""Project 5: convolution."""

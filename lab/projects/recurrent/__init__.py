@@ -1,1 +1,0 @@
-"""Project 6: recurrent networks."""
