@@ -19,7 +19,8 @@ Rows = list[dict[str, Any]]
 
 KINDS: dict[str, Callable[[Catalogue], Rows]] = {
     "projects": lambda _: [
-        {"id": p.id, "title": p.title, "number": p.number, "builds": p.builds, "ready": p.ready} for p in PROJECTS
+        {"id": p.id, "title": p.title, "number": p.number, "builds": p.builds, "built": p.built, "ready": p.ready}
+        for p in PROJECTS
     ],
     "scenarios": lambda _: [{"id": e.id, "title": e.title, "project": e.project} for e in find_scenarios().values()],
     "faults": lambda c: [
@@ -76,7 +77,8 @@ def _described(kind: str, row: dict[str, Any]) -> str:
 
     text = escape(str(row["title"]))
     if kind == "projects":
-        return f"{row['number']:>2}. {text}" + ("" if row["ready"] else "  [dim](not built yet)[/]")
+        state = "" if row["ready"] else "  [dim](no spec yet)[/]" if row["built"] else "  [dim](not built yet)[/]"
+        return f"{row['number']:>2}. {text}{state}"
     if kind == "scenarios":
         return f"{text}  [dim]{row['project']}[/]"
     if kind == "probes" and row["examines"]:

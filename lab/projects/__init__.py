@@ -29,6 +29,11 @@ class Project:
         return f"lab.projects.{self.folder.name}"
 
     @property
+    def built(self) -> bool:
+        """Whether its component is built."""
+        return (self.folder / "component.py").is_file()
+
+    @property
     def ready(self) -> bool:
         """Whether it is complete: a component, and the spec that any implementation must pass."""
         return all((self.folder / name).is_file() for name in ("component.py", "spec.py", "measures.py", "maths.md"))
