@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lab.errors import BadInput
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator
 
     from lab.projects import Project
 
@@ -34,7 +34,7 @@ class Result:
         return self.failure is None
 
 
-def check(project: Project, file: Path | None, *, limit: float = LIMIT) -> Iterator[Result]:
+def check(project: Project, file: Path | None, *, limit: float = LIMIT) -> Generator[Result, None, None]:
     """Yield the result of each property as it comes.
 
     Args:
