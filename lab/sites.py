@@ -30,7 +30,8 @@ class Component(nn.Module):
 
     Attributes:
         SITES: Name of each site to its shape, in the order of the forward pass; a letter a dimension:
-            B batch, T position (S where it is attended to), C width, H heads, D width of a head, F hidden, V vocabulary
+            B batch, T position (S where it is attended to), C width, H heads, D width of a head, F hidden,
+            V vocabulary, Y and X rows and columns of an image
         transparent: Its sites carry the parent's name: the core of an attention layer is not a place of its own.
         fan_in: How many inputs each output of ``weight`` sums, where the shape does not say so (a look-up sums one).
     """

@@ -1,4 +1,4 @@
-"""Project 12: layer normalisation (Ba, Kiros and Hinton, 2016)."""
+"""Project 12: layer normalisation (Ba, Kiros and Hinton, 2016) and RMS normalisation (Zhang and Sennrich, 2019)."""
 
 from __future__ import annotations
 
@@ -31,3 +31,29 @@ class LayerNorm(Component):
     def forward(self, x: Tensor) -> Tensor:  # [... C] -> [... C]
         """The same by the fused kernel, in one pass over memory."""
         return self.tap("out", F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps))
+
+
+class RMSNorm(Component):
+    """Each position to root mean square 1 over its width, then scaled by a gain: no mean is subtracted, no bias added.
+
+    The explicit path squares in the dtype it is given: in float16 it overflows from 256 on. The fused path does not.
+    """
+
+    SITES = MappingProxyType({"out": "B T C"})
+
+    def __init__(self, width: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def explicit(self, x: Tensor) -> Tensor:  # [... C] -> [... C]
+        """The formula. Eps stands inside the root."""
+        mean_square = x.square().mean(dim=-1, keepdim=True)  # [... 1]
+        return x * (mean_square + self.eps).rsqrt() * self.weight
+
+    def forward(self, x: Tensor) -> Tensor:  # [... C] -> [... C]
+        """The same by the fused operator, in float32 where the input is of half precision."""
+        # 256 squared is already inf in float16; rsqrt then gives 0, and the whole row silently becomes 0.
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # [... C]
+        out = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)  # [... C]
+        return self.tap("out", out.to(x.dtype))
