@@ -1,4 +1,4 @@
-"""The fused kernel against the formula step by step: it holds one array of N x V numbers where the formula has three."""
+"""The fused kernel against the formula step by step: it holds one array of N x V numbers, not three."""
 
 from __future__ import annotations
 

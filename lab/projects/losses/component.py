@@ -1,4 +1,4 @@
-"""Project 3: cross-entropy, in nats."""
+"""Project 3: log-softmax, cross-entropy in nats, label smoothing, mean squared error."""
 
 from __future__ import annotations
 
@@ -36,3 +36,37 @@ def token_losses(logits: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore, reduction="none"
     )
     return flat[targets.reshape(-1) != ignore]
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """``z - logsumexp(z)`` over the last axis, [... V]: the logarithm of a softmax, without ever taking that of 0."""
+    shifted = logits - logits.amax(dim=-1, keepdim=True).detach()  # [... V], at most 0
+    return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
+
+
+def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.1, ignore: int = -100) -> Tensor:
+    """Cross-entropy against the target with weight ``1 - smoothing`` and all classes evenly with weight `smoothing`.
+
+    Args:
+        logits: [N V].
+        targets: [N], classes.
+        smoothing: Weight of the even distribution, 0 to 1. The target keeps its share of it, `smoothing` / V.
+        ignore: The target that is left out.
+    """
+    counted = targets != ignore
+    log_p = log_softmax(logits[counted])  # [n V]
+    chosen = -log_p.gather(-1, targets[counted][:, None]).squeeze(-1)  # [n]
+    even = -log_p.mean(dim=-1)  # [n]
+    return ((1 - smoothing) * chosen + smoothing * even).mean()
+
+
+def mean_squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Average the squared differences over all entries, for predictions and targets of one shape.
+
+    Raises:
+        ValueError: If the shapes differ: [N 1] against [N] would broadcast to [N N] and learn the mean.
+    """
+    if predictions.shape != targets.shape:
+        raise ValueError(f"predictions of shape {list(predictions.shape)}, targets of shape {list(targets.shape)}")
+    error = predictions - targets
+    return (error * error).mean()
