@@ -59,7 +59,7 @@ MEANING = {
     "fault": "",
     "fault.id": "`lab list faults`; any other key is a parameter of that fault: [faults](reference/faults.md)",
     "check": "",
-    "check.metric": "its name; [probes](reference/probes.md) says which there are",
+    "check.metric": "its name, as in [probes](reference/probes.md); `measure.NAME` is a number of the project",
     "check.at": "the site, where the metric has one",
     "check.is": "`above X`, `below X`, `between X and Y`, `finite` or `not finite`",
     "check.on": "where it should hold",

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 SOURCES = ("markov", "arithmetic", "python-docs")
 Amount = Annotated[int, Field(ge=1, le=1_000_000)]
+# The names that lab.projects.residuals.component and activations know: a file is read without torch.
+Mixer = Literal["attention", "convolution", "rnn", "gru", "lstm", "none"]
+Positions = Literal["learned", "sinusoidal", "rope", "alibi", "none"]
+Norm = Literal["layer", "rms"]
+NormPlace = Literal["pre", "post"]
+Activation = Literal["gelu", "relu", "gelu-tanh", "silu", "sigmoid", "swiglu"]
 
 
 class Section(BaseModel):
@@ -38,11 +44,19 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model."""
 
-    layers: Amount = 2
+    layers: Annotated[int, Field(ge=0, le=1_000, description="0 leaves embedding and head: each token by itself")] = 2
     width: Amount = 64
     heads: Amount = 4
+    kv_heads: Annotated[Amount | None, Field(description="heads of keys and values, as many as heads if left out")] = (
+        None
+    )
     context: Amount = 64
-    tied: bool = False
+    tied: Annotated[bool, Field(description="whether the head uses the table of the embedding")] = False
+    mixer: Annotated[Mixer, Field(description="what lets positions meet")] = "attention"
+    positions: Annotated[Positions, Field(description="what tells positions from each other")] = "learned"
+    norm: Annotated[Norm, Field(description="layer normalisation, or by the root mean square")] = "layer"
+    norm_at: Annotated[NormPlace, Field(description="before each branch, or on the stream after it")] = "pre"
+    activation: Annotated[Activation, Field(description="of the feed-forward layer")] = "gelu"
 
 
 class DataSection(Section):

@@ -28,6 +28,9 @@ class Loss(Probe):
     def lab_evaluate(self, run: Run) -> Generator[None, Tensor, Tensor]:
         loss = yield
         run.step.record("loss.held_out", loss)
+        floor = getattr(run.data, "floor", None)  # the entropy rate, where the source has one that is known
+        if floor:
+            run.step.record("loss.over_floor", loss / floor)
         return loss
 
 

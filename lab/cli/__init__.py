@@ -8,6 +8,7 @@ import click
 
 from lab import __version__
 from lab.cli.board import board
+from lab.cli.build import build, hint
 from lab.cli.check import check
 from lab.cli.diagnose import diagnose
 from lab.cli.list import list_
@@ -30,7 +31,7 @@ def cli() -> None:
     """  # noqa: D301 - to click, the character \b keeps the lines below it apart
 
 
-for command in (list_, show, run, check, diagnose, board):
+for command in (list_, show, build, hint, check, run, diagnose, board):
     cli.add_command(command)
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lab.cli.build import ready_project
 from lab.cli.options import json_option, print_json
-from lab.errors import BadInput, nearest
+from lab.errors import BadInput
 from lab.projects import PROJECTS
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def check(project: str | None, file: Path | None, *, every: bool, reference: boo
             if not as_json:
                 mark = click.style("ok  ", fg="green") if result.passed else click.style("FAIL", fg="red")
                 click.echo(f"{mark}  {each.id}  {result.name.replace('_', ' ')}")
+        if path is not None:
+            _keep(each, path, found[each.id])
     failed = [result for results in found.values() for result in results if not result.passed]
     if as_json:
         rows = {name: [{"name": r.name, "failure": r.failure} for r in results] for name, results in found.items()}
@@ -48,19 +51,27 @@ def check(project: str | None, file: Path | None, *, every: bool, reference: boo
 
 
 def _chosen(project: str | None, *, every: bool, reference: bool) -> list[Project]:
-    ready = [p for p in PROJECTS if p.ready]
     if every and project:
         raise BadInput(f"--all checks every project: leave {project!r} out")
     if every and not reference:
         raise BadInput("--all checks the lab's own components: add --reference, or name one project")
     if every:
-        return ready
+        return [p for p in PROJECTS if p.ready]
     if project is None:
-        raise BadInput(f"which project? lab check PROJECT [FILE]{nearest('', [p.id for p in ready])}")
-    chosen = [p for p in ready if p.id == project]
-    if not chosen:
-        raise BadInput(f"{project!r} is no project with a spec{nearest(project, [p.id for p in ready])}")
-    return chosen
+        raise BadInput("which project? lab check PROJECT [FILE]; lab build goes on where you are")
+    return [ready_project(project)]
+
+
+def _keep(project: Project, file: Path, results: list[Result]) -> None:
+    """Note in the learner's progress how many properties hold."""
+    from lab.learn.progress import digest_of, read_progress, save_progress
+
+    progress = read_progress(Path.cwd())
+    entry = progress.entry(project)
+    entry.file, entry.hold, entry.of = str(file), sum(r.passed for r in results), len(results)
+    entry.state = "passed" if results and entry.hold == entry.of else "begun"
+    entry.digest = digest_of(file) if entry.state == "passed" else ""
+    save_progress(Path.cwd(), progress)
 
 
 def _report(failed: list[Result], count: int) -> None:

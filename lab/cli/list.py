@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lab.catalogue import Catalogue
+    from lab.projects import Project
 
 Rows = list[dict[str, Any]]
 
 KINDS: dict[str, Callable[[Catalogue], Rows]] = {
     "projects": lambda _: [
-        {"id": p.id, "title": p.title, "number": p.number, "builds": p.builds, "built": p.built, "ready": p.ready}
-        for p in PROJECTS
+        {"id": p.id, "title": p.title, "number": p.number, "builds": p.builds, "ready": p.ready, "progress": progress}
+        for p, progress in ((p, _progress(p)) for p in PROJECTS)
     ],
     "scenarios": lambda _: [{"id": e.id, "title": e.title, "project": e.project} for e in find_scenarios().values()],
     "faults": lambda c: [
@@ -41,6 +43,16 @@ KINDS: dict[str, Callable[[Catalogue], Rows]] = {
     "causes": lambda c: [{"id": k.id, "title": k.title} for k in c.causes.values()],
     "plugins": lambda c: [{"id": p.info.id, "title": p.info.title} for p in c.plugins.values()],  # type: ignore[attr-defined]
 }
+
+
+def _progress(project: Project) -> str:
+    """Say how far the learner of this folder is with a project; empty where not begun."""
+    from lab.learn.progress import read_progress
+
+    entry = read_progress(Path.cwd()).projects.get(project.id)
+    if entry is None:
+        return ""
+    return f"{entry.hold} of {entry.of}" if entry.state == "begun" and entry.of else entry.state
 
 
 @click.command("list")
@@ -77,7 +89,8 @@ def _described(kind: str, row: dict[str, Any]) -> str:
 
     text = escape(str(row["title"]))
     if kind == "projects":
-        state = "" if row["ready"] else "  [dim](no spec yet)[/]" if row["built"] else "  [dim](not built yet)[/]"
+        colour = {"passed": "green", "": "dim"}.get(row["progress"], "yellow")
+        state = f"  [{colour}]{row['progress']}[/]" if row["ready"] else "  [dim](no spec yet)[/]"
         return f"{row['number']:>2}. {text}{state}"
     if kind == "scenarios":
         return f"{text}  [dim]{row['project']}[/]"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from lab.cli.build import ready_project
 from lab.cli.options import RUNS, json_option, load_catalogue, plugin_option, print_json
 from lab.errors import BadInput
 from lab.files import METRICS, RUN, new_folder
@@ -19,6 +20,9 @@ from lab.files import METRICS, RUN, new_folder
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder; by default a new one in ./runs.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda, cuda:1, ...")
 @click.option("--twin/--no-twin", default=True, show_default=True, help="Run the healthy twin too, and compare.")
+@click.option(
+    "--use", "uses", multiple=True, metavar="PROJECT=FILE", help="Run with your own component. May be repeated."
+)
 @json_option
 @plugin_option
 def run(
@@ -29,6 +33,7 @@ def run(
     out: Path | None,
     device: str,
     twin: bool,
+    uses: tuple[str, ...],
     as_json: bool,
     plugins: tuple[str, ...],
 ) -> int:
@@ -46,6 +51,7 @@ def run(
     make_faults(loaded, catalogue, scenario)
     folder = out if out is not None else new_name(name, loaded.seed)
 
+    _use(uses)
     from lab.runtime.run import find_device, run_scenario
 
     find_device(device)
@@ -79,6 +85,33 @@ def run(
 
         print_outcome(outcome, Console())
     return 0 if outcome.as_expected else 1
+
+
+def _use(uses: tuple[str, ...]) -> None:
+    """Let the learner's files stand for the lab's components, the earliest project first.
+
+    Raises:
+        BadInput: Not PROJECT=FILE, no such project or file, or a file that cannot stand for it.
+    """
+    if not uses:
+        return
+    from lab.learn.component import use
+    from lab.learn.progress import digest_of, read_progress
+
+    given = {}
+    for text in uses:
+        name, equals, file = text.partition("=")
+        if not equals or not file:
+            raise BadInput(f"--use {text}: write --use PROJECT=FILE")
+        if not Path(file).is_file():
+            raise BadInput(f"--use {text}: no file {file}")
+        given[ready_project(name)] = Path(file)
+    progress = read_progress(Path.cwd())
+    for project, path in sorted(given.items(), key=lambda pair: pair[0].number):
+        entry = progress.projects.get(project.id)
+        if entry is None or entry.digest != digest_of(path):
+            click.echo(f"lab: {path} as it stands has not passed: lab check {project.id} {path}", err=True)
+        use(project, str(path.resolve()))
 
 
 def discard(folder: Path) -> None:

@@ -15,6 +15,7 @@ from lab.context import Batch, Run, Step
 from lab.projects.backprop.component import AdamW, clip_gradients, learning_rate
 from lab.projects.decoder.component import Decoder
 from lab.projects.losses.component import cross_entropy
+from lab.projects.residuals.component import Choices
 from lab.runtime.data import Source, make_source
 from lab.sites import sites_of
 
@@ -130,9 +131,9 @@ class Engine:
     def lab_build_model(self, run: Run) -> nn.Module:
         """A decoder of the scenario's size."""
         m = self.scenario.model
-        return Decoder(
-            run.data.vocabulary, context=m.context, layers=m.layers, width=m.width, heads=m.heads, tied=m.tied
-        )
+        choices = Choices(m.mixer, m.kv_heads, m.positions, m.norm, m.norm_at, m.activation)
+        size = {"context": m.context, "layers": m.layers, "width": m.width, "heads": m.heads}
+        return Decoder(run.data.vocabulary, **size, tied=m.tied, choices=choices)
 
     def lab_build_optimizer(self, run: Run) -> Optimizer:
         """AdamW, with decay on matrices only: a norm's gain or a bias has nothing to be decayed to."""

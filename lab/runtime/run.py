@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lab.context import Run
-from lab.errors import BadInput
+from lab.errors import BadInput, nearest
 from lab.files import new_folder, write_run_file
 from lab.manager import Manager
+from lab.projects import PROJECTS
 from lab.runtime.engine import Engine
 from lab.scenario import CheckSection, Scenario, check_names, holds, make_faults
 from lab.session import Session
+from lab.spec import measures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,9 +25,11 @@ if TYPE_CHECKING:
 
     from lab.catalogue import Catalogue, Fault, Plugin
     from lab.diagnosis.model import Diagnosis
+    from lab.spec import Measure
     from lab.store import History
 
 TWIN = "twin"
+MEASURE = "measure."  # a metric of the project's own: a number that theory knows, measured on the component
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ def run_scenario(
     """
     begun = time.monotonic()
     check_names(scenario, catalogue, scenario_id)
+    check_measures(scenario, scenario_id)
     faults = make_faults(scenario, catalogue, scenario_id)
     place = find_device(device)
     diagnosis, history = run_once(scenario_id, scenario, catalogue, folder, faults, place, tools())
@@ -106,7 +112,7 @@ def run_scenario(
     if faults and twin:
         twin_scenario = scenario.model_copy(update={"fault": []})
         _, twin_history = run_once(f"{scenario_id} (twin)", twin_scenario, catalogue, folder / TWIN, [], place, tools())
-    checks = tuple(_check(section, history, twin_history, broken=bool(faults)) for section in scenario.check)
+    checks = tuple(_check(section, scenario, history, twin_history) for section in scenario.check)
     differences = tuple(_differences(scenario, diagnosis, checks))
     seconds = time.monotonic() - begun
     facts = dict(history.facts)
@@ -160,6 +166,34 @@ def find_device(name: str) -> torch.device:
 # ---------------------------------------------------------------- what was expected
 
 
+def _measures(project: str) -> dict[str, Measure]:
+    """Return the numbers that a project's theory knows, by name."""
+    found = next(p for p in PROJECTS if p.id == project)
+    if not found.ready:
+        return {}
+    return {each.name: each for each in measures(importlib.import_module(f"{found.module}.measures"))}
+
+
+def check_measures(scenario: Scenario, where: str) -> None:
+    """Check that each ``measure.NAME`` that a scenario checks is one of its project.
+
+    Raises:
+        BadInput: One is not.
+    """
+    wanted = [s.metric.removeprefix(MEASURE) for s in scenario.check if s.metric.startswith(MEASURE)]
+    known = _measures(scenario.project) if wanted else {}
+    for name in wanted:
+        if name not in known:
+            raise BadInput(f"{where}: check: {scenario.project} has no measure {name!r}{nearest(name, known)}")
+
+
+def _measured(section: CheckSection, scenario: Scenario) -> float:
+    """Measure on the component itself, with a random state of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scenario.seed)
+        return _measures(scenario.project)[section.metric.removeprefix(MEASURE)](scenario.seed)
+
+
 def _value(section: CheckSection, history: History | None) -> float | None:
     if history is None:
         return None
@@ -171,8 +205,12 @@ def _value(section: CheckSection, history: History | None) -> float | None:
     return float(getattr(values, section.take)())
 
 
-def _check(section: CheckSection, history: History, twin: History | None, *, broken: bool) -> Check:
+def _check(section: CheckSection, scenario: Scenario, history: History, twin: History | None) -> Check:
     """Check a metric. Where there is a twin, it must show the opposite (or the same, ``on = "both"``)."""
+    broken = bool(scenario.fault)
+    if section.metric.startswith(MEASURE):  # of the component, whatever happens to the run
+        measured = _measured(section, scenario)
+        return Check(section.metric, "", section.is_, section.on, measured, None, holds(section.is_, measured))
     value, twin_value = _value(section, history), _value(section, twin)
     held = value is not None and holds(section.is_, value)
     held_by_twin = twin_value is not None and holds(section.is_, twin_value)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ATTENTION = next(p for p in PROJECTS if p.id == "attention")
 SOURCE = (ATTENTION.folder / "component.py").read_text(encoding="utf-8")
-FORWARD = '        """Attend."""\n'
+FORWARD = '        """Attend: q [B H T D], k and v [B H S D], bias [H T S] added to the scores -> [B H T D]."""\n'
 
 
 def write(folder: Path, text: str) -> Path:
@@ -44,7 +44,7 @@ def test_a_copy_of_the_reference_passes_and_a_wrong_one_is_shown_smallest_first(
         ("import nothing_like_this", "cannot be imported: ModuleNotFoundError"),
         ("def f(:", "cannot be imported: SyntaxError"),
         ("x = 1", "lacks Attention"),
-        (SOURCE.replace("k: Tensor, v: Tensor", "v: Tensor, k: Tensor"), "takes (self, q, v, k), expected"),
+        (SOURCE.replace("k: Tensor, v: Tensor", "v: Tensor, k: Tensor"), "takes (self, q, v, k, bias), expected"),
         ("import os; os._exit(3)", "while it is imported, the process ended with status 3"),
     ],
 )

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lab.errors import BadInput
-from lab.projects.positions.component import Embedding, LearnedPositions
+from lab.projects.positions.component import (
+    Embedding,
+    LearnedPositions,
+    SinusoidalPositions,
+    alibi_bias,
+    rotate,
+)
 
 quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
@@ -62,3 +68,29 @@ def test_positions_are_the_first_rows_of_their_table(context: int, width: int, d
 def test_a_text_that_is_longer_than_the_context_is_refused_with_both_numbers() -> None:
     with pytest.raises(BadInput, match=r"7 tokens.* 6 \(model.context\)"):
         LearnedPositions(6, 2)(7)
+
+
+@pytest.mark.parametrize("shift", [1, 7, 100])
+def test_turned_queries_and_keys_meet_at_their_distance_alone(shift: int) -> None:
+    q, k = (torch.randn(1, 2, 1, 8, generator=torch.Generator().manual_seed(i)).double() for i in range(2))
+    near = (rotate(q, 5) * rotate(k, 2)).sum(-1)
+    torch.testing.assert_close((rotate(q, 5 + shift) * rotate(k, 2 + shift)).sum(-1), near, rtol=0, atol=1e-4)
+    assert not torch.allclose((rotate(q, 5 + shift) * rotate(k, 2)).sum(-1), near, atol=1e-3)
+    torch.testing.assert_close(rotate(q, shift).norm(), q.norm(), rtol=1e-5, atol=0)
+
+
+def test_positions_from_a_start_are_a_slice_of_all() -> None:
+    x = torch.randn(1, 1, 9, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rotate(x)[..., 4:, :], rotate(x[..., 4:, :], 4))
+    for made in (LearnedPositions(9, 6), SinusoidalPositions(9, 6)):
+        assert torch.equal(made(9)[4:], made(5, 4))
+        with pytest.raises(BadInput, match="10 tokens, but the model has positions for 9"):
+            made(5, 5)
+
+
+def test_a_sinusoid_has_a_squared_norm_of_half_the_width_and_alibi_falls_with_distance() -> None:
+    torch.testing.assert_close(SinusoidalPositions(50, 16)(50).square().sum(-1), torch.full((50,), 8.0))
+    bias = alibi_bias(8, 3, 5)  # the queries are positions 2, 3 and 4
+    assert bias.shape == (8, 3, 5)
+    assert bias[0, 2].tolist() == [-2.0, -1.5, -1.0, -0.5, 0.0]
+    assert bias[7, 0, 0] == -2 * 2.0**-8

@@ -25,6 +25,8 @@ def test_each_branch_reads_the_normalised_stream_and_is_added_to_it(
 ) -> None:
     torch.manual_seed(seed)
     block, x = Block(heads * each, heads, layers).double(), normal(seed, 2, length, heads * each)
+    assert block.attn is not None
+    assert block.attn_norm is not None
     middle = x + block.attn(block.attn_norm.explicit(x))
     expected = middle + block.mlp(block.mlp_norm.explicit(middle))
     torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-10)
@@ -32,6 +34,7 @@ def test_each_branch_reads_the_normalised_stream_and_is_added_to_it(
 
 def test_with_silent_branches_the_stream_and_its_gradient_pass_unchanged() -> None:
     block, x = Block(8, 2, 1), normal(0, 2, 5, 8, dtype=torch.float32).requires_grad_()
+    assert block.attn is not None
     for projection in (block.attn.proj, block.mlp.down):
         nn.init.zeros_(projection.weight)
     assert torch.equal(block(x), x)
@@ -45,6 +48,7 @@ def test_with_silent_branches_the_stream_and_its_gradient_pass_unchanged() -> No
 def test_each_branch_ends_in_a_gain_of_1_over_the_root_of_2_layers(layers: int) -> None:
     torch.manual_seed(0)
     block = Block(128, 4, layers)
+    assert block.attn is not None
     for projection, inputs in ((block.attn.proj, 128), (block.mlp.down, 512)):
         weight = projection.weight.detach()
         std = (2 * layers) ** -0.5 * inputs**-0.5
