@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lab.context import Batch, Run, Step
 from lab.projects.backprop.component import AdamW, clip_gradients, learning_rate
 from lab.projects.decoder.component import Decoder
+from lab.projects.kv_cache.component import Cache
 from lab.projects.losses.component import cross_entropy
 from lab.projects.residuals.component import Choices
 from lab.runtime.data import Source, make_source
@@ -45,7 +46,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Engine:
-    """Runs a scenario, watched by a session."""
+    """Runs a scenario, watched by a session.
+
+    Attributes:
+        cached: Whether generation keeps keys and values.
+    """
+
+    cached = True
 
     def __init__(self, scenario: Scenario, session: Session) -> None:
         self.scenario = scenario
@@ -106,14 +113,24 @@ class Engine:
 
     @torch.no_grad()
     def lab_generate(self, run: Run, step: Step, prompt: Tensor, length: int) -> Tensor:
-        """Sample token by token, from as much of the past as the context holds."""
-        tokens = prompt
+        """Sample token by token, from as much of the past as the context holds.
+
+        Until the context is full, a cache keeps what was computed. From there on the window slides, every position
+        is another one than before, and nothing that is kept would be right.
+        """
+        tokens = fresh = prompt
         self._draw.manual_seed(run.seed)
+        m = self.scenario.model
+        cache = Cache(m.layers, m.context) if self.cached and m.mixer == "attention" and m.layers else None
         with evaluating(run.model), run.sites.running("generate"):
             for _ in range(length):
-                step.batch = Batch((tokens[:, -self.scenario.model.context :],))
+                if cache is not None and cache.length + fresh.shape[1] <= m.context:
+                    step.batch = Batch((fresh,), {"cache": cache})
+                else:
+                    step.batch = Batch((tokens[:, -m.context :],))
                 step.logits = run.hook.lab_forward(run=run, step=step)
-                tokens = torch.cat([tokens, run.hook.lab_next_token(run=run, step=step)], dim=1)  # [B T+1]
+                fresh = run.hook.lab_next_token(run=run, step=step)  # [B 1]
+                tokens = torch.cat([tokens, fresh], dim=1)  # [B T+1]
         return tokens
 
     def _sample(self, run: Run, step: Step) -> None:

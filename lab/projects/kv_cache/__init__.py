@@ -1,0 +1,1 @@
+"""Project 14: see component.py."""
