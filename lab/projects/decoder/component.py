@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lab.errors import BadInput
 from lab.projects.linear.component import Linear
 from lab.projects.positions.component import Embedding, LearnedPositions, SinusoidalPositions
-from lab.projects.residuals.component import DEFAULT, Block, Choices
+from lab.projects.residuals.component import Block, Choices
 from lab.sites import Component
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Decoder(Component):
         context: The largest T.
         layers, width, heads: L, C and H.
         tied: Whether the head uses the table of the embedding (Press and Wolf, 2017).
-        choices: What the blocks are made of.
+        choices: What the blocks are made of; the defaults of `Choices` if None.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class Decoder(Component):
         width: int,
         heads: int,
         tied: bool = False,
-        choices: Choices = DEFAULT,
+        choices: Choices | None = None,
     ) -> None:
         super().__init__()
-        self.context, self.choices = context, choices
+        self.context, self.choices = context, choices or Choices()
         self.tokens = Embedding(vocabulary, width)
-        added = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}.get(choices.positions)
+        added = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}.get(self.choices.positions)
         self.positions = added(context, width) if added else None
-        self.blocks = nn.ModuleList(Block(width, heads, layers, choices) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, layers, self.choices) for _ in range(layers))
         # After norms on the stream itself there is nothing left to normalise.
-        self.norm = choices.make_norm(width) if choices.norm_at == "pre" else nn.Identity()
+        self.norm = self.choices.make_norm(width) if self.choices.norm_at == "pre" else nn.Identity()
         # Small, so that training starts from even odds: the loss is ln V + width 0.02^2 / 2.
         self.head = Linear(width, vocabulary, bias=False, gain=0.02 * width**0.5)
         if tied:

@@ -75,9 +75,6 @@ class Choices:
         return FeedForward(width, 4 * width, activation=self.activation, gain=gain)
 
 
-DEFAULT = Choices()
-
-
 class Block(Component):
     """Two branches, each added to the stream that passes by: one mixes positions, one computes at each position.
 
@@ -85,13 +82,14 @@ class Block(Component):
         width, heads: C and H.
         layers: How many blocks the stream passes. Each branch ends in a gain of ``1 / sqrt(2 layers)``, so that the
             variance of 2 x layers sums does not grow with depth (Radford et al., 2019, section 2.3).
-        choices: What the block is made of.
+        choices: What the block is made of; the defaults of `Choices` if None.
     """
 
     SITES = MappingProxyType({"out": "B T C"})
 
-    def __init__(self, width: int, heads: int, layers: int, choices: Choices = DEFAULT) -> None:
+    def __init__(self, width: int, heads: int, layers: int, choices: Choices | None = None) -> None:
         super().__init__()
+        choices = choices or Choices()
         gain = (2 * layers) ** -0.5
         self.pre = choices.norm_at == "pre"
         mixes = choices.mixer != "none"
