@@ -205,7 +205,7 @@ def a_piece_is_turned_as_in_the_whole(built: Built, seed: int, length: int, star
 
 
 @prop(
-    "The dtype is not kept, or angles have that of x: bfloat16 has 641 numbers for 2048 positions, float16 few more.",
+    "The dtype is not kept, or angles have that of x: bfloat16 has 641 numbers for 2048 positions.",
     seed=seeds,
     dtype=floats,
     start=st.sampled_from([0, 300, 1900]),

@@ -1,0 +1,1 @@
+"""Project 15: see component.py."""
