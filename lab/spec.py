@@ -224,6 +224,8 @@ def _difference(got: Tensor, expected: Tensor, what: str) -> str:
     a, b = got.detach().double(), expected.detach().double()
     gap = (a - b).abs()
     gap = torch.where(gap.isnan(), torch.full_like(gap, math.inf), gap)
+    alike = (a == b) | (a.isnan() & b.isnan())  # inf - inf is NaN, and yet they are equal
+    gap = gap.masked_fill(alike, 0.0)
     worst = int(gap.argmax()) if gap.numel() else 0
     place = " ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(worst), a.shape)) if a.dim() else ""
     at = f" at [{place}]" if place else ""
