@@ -4,8 +4,9 @@
     python benchmarks/throughput.py               # ratios of the medians: below 1 the lab is faster
     python benchmarks/throughput.py --steps 60    # more steps, less noise
 
-Prints ratios, not times: the machine may be busy. All three have the same layers, widths, heads, learned positions,
-norms before the branches, GELU and a tied head, no dropout, and torch's own fused AdamW; nobody is listening.
+Prints ratios, not times: the machine may be busy. All have the same layers, widths, heads, learned positions, norms
+before the branches, GELU and a tied head, no dropout, and torch's own fused AdamW; nobody is listening. GPT-2 stands
+there twice: with the exact GELU of the others, and with its own default, the tanh form, which the lab then has too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from lab.projects.decoder.component import Decoder
 from lab.projects.losses.component import cross_entropy
+from lab.projects.residuals.component import Choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +55,7 @@ class PlainEncoder(nn.Module):
         return logits
 
 
-def hugging_face(layers: int, width: int, heads: int) -> nn.Module:
+def hugging_face(layers: int, width: int, heads: int, activation: str) -> nn.Module:
     """Return GPT-2 of this size, without dropout, with its fused attention."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -67,7 +69,9 @@ def hugging_face(layers: int, width: int, heads: int) -> nn.Module:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         use_cache=False,
-        activation_function="gelu",
+        activation_function=activation,
+        bos_token_id=None,
+        eos_token_id=None,
         attn_implementation="sdpa",
     )
     model: nn.Module = GPT2LMHeadModel(config)
@@ -95,11 +99,30 @@ def compare(size: tuple[int, int, int], steps: int) -> dict[str, float]:
     """Alternate the steps of all; return the lab's time as a share of each other's, by the medians of pairs."""
     layers, width, heads = size
     torch.manual_seed(0)
-    lab = Decoder(VOCABULARY, context=CONTEXT, layers=layers, width=width, heads=heads, tied=True)
-    steppers = {"lab": stepper(lab, lambda out: out, cross_entropy)}
-    steppers["nn.TransformerEncoder"] = stepper(PlainEncoder(*size), lambda out: out, plain_loss)
+    same: Callable[[Any], Tensor] = lambda out: out  # noqa: E731 - beside its sibling in the table below
+    ours = {
+        activation: stepper(
+            Decoder(
+                VOCABULARY,
+                context=CONTEXT,
+                layers=layers,
+                width=width,
+                heads=heads,
+                tied=True,
+                choices=Choices(activation=activation),
+            ),
+            same,
+            cross_entropy,
+        )
+        for activation in ("gelu", "gelu-tanh")
+    }
+    # Name of another to its step, and which of ours it is compared with.
+    others = {"nn.TransformerEncoder": (stepper(PlainEncoder(*size), same, plain_loss), "gelu")}
     if importlib.util.find_spec("transformers"):
-        steppers["transformers GPT-2"] = stepper(hugging_face(*size), lambda out: out.logits, plain_loss)
+        for form, activation in (("gelu", "gelu"), ("gelu_new", "gelu-tanh")):
+            step = stepper(hugging_face(*size, form), lambda out: out.logits, plain_loss)
+            others[f"GPT-2, {form}"] = (step, activation)
+    steppers = {**ours, **{name: step for name, (step, _) in others.items()}}
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for index in range(steps + 3):
         tokens = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(index))
@@ -107,9 +130,8 @@ def compare(size: tuple[int, int, int], steps: int) -> dict[str, float]:
             begun = time.perf_counter()
             step(tokens)
             times[name].append(time.perf_counter() - begun)
-    others = [name for name in steppers if name != "lab"]
-    pairs = {name: zip(times["lab"][3:], times[name][3:], strict=True) for name in others}
-    return {name: statistics.median(ours / theirs for ours, theirs in pair) for name, pair in pairs.items()}
+    pairs = {name: zip(times[own][3:], times[name][3:], strict=True) for name, (_, own) in others.items()}
+    return {name: statistics.median(mine / theirs for mine, theirs in pair) for name, pair in pairs.items()}
 
 
 def main() -> None:

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, dataclass_transform
+
+from annotated_types import Ge
 
 from lab.diagnosis.model import Basis, Cause, Phase, Symptom
 from lab.errors import BadInput, FaultFailed, LabError, nearest, one_line
@@ -101,7 +103,7 @@ class Fault(Plugin):
 
     info: ClassVar[FaultInfo]
     at: str = ""
-    from_step: int = 0
+    from_step: Annotated[int, Ge(0)] = 0
 
     def active(self, run: Run) -> bool:
         """Whether the run has reached `from_step`."""
@@ -255,7 +257,12 @@ def _doc(thing: Any) -> str:
 
 @dataclass
 class Catalogue:
-    """All that was found: id to class, rule or cause, in the order in which it was found."""
+    """All that was found: id to class, rule or cause, in the order in which it was found.
+
+    Attributes:
+        broken: What could not be loaded, and why.
+        asked: The files and modules that were asked for by name.
+    """
 
     faults: dict[str, type[Fault]] = field(default_factory=dict)
     probes: dict[str, type[Probe]] = field(default_factory=dict)
@@ -263,6 +270,7 @@ class Catalogue:
     rules: dict[str, Rule] = field(default_factory=dict)
     causes: dict[str, Cause] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+    asked: tuple[str, ...] = ()
     _home: dict[str, list[str]] = field(default_factory=dict)
 
     def add_module(self, module: ModuleType, where: str) -> int:

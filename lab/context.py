@@ -82,6 +82,7 @@ class Step:
         index: From 0. In evaluation and generation, the training step at which it happens.
         mode: What the step is for.
         batch, logits, loss: What the actions of this step made.
+        part, parts: Which part of its batch passes, from 0, and how many there are.
         grad_norm: The norm of all gradients before clipping.
         lr: The learning rate.
         examined: Whether experiments run at the end of this step.
@@ -90,6 +91,8 @@ class Step:
     index: int
     mode: Mode = "train"
     batch: Batch | None = None
+    part: int = 0
+    parts: int = 1
     logits: Tensor | None = None
     loss: Tensor | None = None
     grad_norm: Tensor | None = None

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import platform
 import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import BadInput
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 RUN, METRICS, FINDINGS, DIAGNOSIS = "run.toml", "metrics.db", "findings.jsonl", "diagnosis.json"
+CHECKPOINT = "checkpoint.pt"
 
 
 def new_folder(folder: Path) -> None:
@@ -31,8 +34,16 @@ def new_folder(folder: Path) -> None:
         raise BadInput(f"{folder}: cannot hold a run: {error.strerror}") from None
 
 
-def write_run_file(folder: Path, name: str, scenario: dict[str, Any], seed: int) -> None:
-    """Write what the run is, and on what it ran."""
+def write_run_file(
+    folder: Path,
+    name: str,
+    scenario: dict[str, Any],
+    seed: int,
+    *,
+    plugins: Sequence[str] = (),
+    use: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write what the run is, on what it ran, the plugins asked for by name and the learner's own components."""
     import numpy as np
     import pluggy
     import tomli_w
@@ -41,7 +52,13 @@ def write_run_file(folder: Path, name: str, scenario: dict[str, Any], seed: int)
     import lab
 
     about = {
-        "run": {"scenario": name, "seed": seed, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
+        "run": {
+            "scenario": name,
+            "seed": seed,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **({"plugins": [*plugins]} if plugins else {}),
+            **({"use": dict(use)} if use else {}),
+        },
         "versions": {
             "breaklab": lab.__version__,
             "torch": torch.__version__,

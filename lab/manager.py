@@ -67,7 +67,8 @@ def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Ca
             _add_named(catalogue, name)
         except BadInput as error:
             raise BadInput(f"{settings}: plugins: {error}") from None
-    for name in map(str, files):
+    catalogue.asked = tuple(dict.fromkeys(map(str, files)))  # named twice, loaded once
+    for name in catalogue.asked:
         _add_named(catalogue, name)
     return catalogue
 

@@ -32,6 +32,10 @@ Mixer = Literal["attention", "convolution", "rnn", "gru", "lstm", "none"]
 Positions = Literal["learned", "sinusoidal", "rope", "alibi", "none"]
 Norm = Literal["layer", "rms"]
 NormPlace = Literal["pre", "post"]
+Tokenizer = Literal["characters", "bytes", "bpe"]
+Parallel = Literal["data", "tensor"]
+Scheme = Literal["int8-tensor", "int8-row", "int4-tensor", "int4-row", "int4-group32"]
+Objective = Literal["next-token", "masked", "seq2seq", "sft", "dpo"]
 Activation = Literal["gelu", "relu", "gelu-tanh", "silu", "sigmoid", "swiglu"]
 
 
@@ -65,7 +69,11 @@ class DataSection(Section):
     source: str = "python-docs"
     batch: Amount = 16
     order: Annotated[int, Field(ge=1, le=4)] = 1
-    vocabulary: Annotated[int, Field(ge=2, le=4096)] = 16
+    vocabulary: Annotated[int, Field(ge=2, le=4096, description="of the Markov source")] = 16
+    tokenizer: Annotated[Tokenizer, Field(description="of text: a token a character, a byte, or learned merges")] = (
+        "characters"
+    )
+    merges: Annotated[int, Field(ge=0, le=65_536, description="of bpe; 256 + merges tokens")] = 256
 
 
 class TrainSection(Section):
@@ -76,6 +84,19 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
     evaluate_every: Annotated[int, Field(ge=0, description="0 evaluates only at the end")] = 0
+    objective: Annotated[Objective, Field(description="what is learned: the next token, hidden ones, answers, ...")] = (
+        "next-token"
+    )
+    start: Annotated[str, Field(description="the healthy scenario whose trained model this starts from")] = ""
+    lora_rank: Annotated[int, Field(ge=0, le=4096, description="0 trains every weight")] = 0
+    accumulate: Annotated[int, Field(ge=1, le=4096, description="parts in which a batch passes the model")] = 1
+    quantize: Annotated[list[Scheme], Field(description="schemes in which the trained model is evaluated too")] = []
+    checkpoint_every: Annotated[int, Field(ge=0, description="steps; 0 keeps none")] = 0
+    ranks: Annotated[int, Field(ge=1, le=64, description="processes that train together")] = 1
+    parallel: Annotated[Parallel, Field(description="what the processes share out: rows of a batch, or weights")] = (
+        "data"
+    )
+    shard_optimizer: Annotated[bool, Field(description="each process keeps its share of the optimiser's state")] = False
 
 
 class FaultSection(BaseModel):
@@ -266,6 +287,9 @@ def make_fault(section: FaultSection, catalogue: Catalogue, where: str) -> Fault
     for name in section.parameters:
         if name not in known:
             raise BadInput(f"{where}: {section.id} has no parameter {name!r}{nearest(name, known)}")
+        value = section.parameters[name]
+        if isinstance(value, bool) and not isinstance(known[name].default, bool):
+            raise BadInput(f"{where}.{name}: found {value}; it is no yes or no")
     with naming(cls):
         try:
             return TypeAdapter(cls).validate_python(section.parameters)

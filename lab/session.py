@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from lab.diagnosis.diagnose import diagnose, judge
 from lab.files import DIAGNOSIS, FINDINGS, METRICS, plain
 from lab.sandbox import sandbox
-from lab.store import DECLINED, FACT, SET_ASIDE, TRACEBACK, Store
+from lab.store import DECLINED, FACT, SET_ASIDE, TRACEBACK, Store, read_history
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lab.catalogue import Catalogue
     from lab.context import Run, Step
     from lab.diagnosis.model import Diagnosis, Symptom
@@ -28,12 +30,17 @@ class Session:
         run: With its model, optimiser and sites attached.
         catalogue: The rules and causes to judge by.
         examine_every: The cadence of experiments, in steps. A new symptom calls for one more at the next step.
+        agree: Whether any process of several wants to look again. An experiment calls the model, and the processes
+            may have to call it together.
     """
 
-    def __init__(self, run: Run, catalogue: Catalogue, *, examine_every: int = 10) -> None:
+    def __init__(
+        self, run: Run, catalogue: Catalogue, *, examine_every: int = 10, agree: Callable[[bool], bool] = bool
+    ) -> None:
         self.run = run
         self.catalogue = catalogue
         self.examine_every = examine_every
+        self.agree = agree
         self.store = Store(run.folder / METRICS)
         self._known: set[tuple[str, str]] = set()
         self._look_again = False
@@ -70,6 +77,7 @@ class Session:
         self._look_again = False
         if step.examined or self._loss_broke(row):
             self._look_again = bool(self._judge(step))
+        self._look_again = self.agree(self._look_again)
         # Nothing of this step may outlive it: its graph would hold the activations.
         step.logits = step.loss = None
 
@@ -80,7 +88,7 @@ class Session:
             if not run.step.examined or self._look_again:
                 self._examine(run.step)
                 self._flush(run.step)
-                if self._judge(run.step):
+                if self.agree(bool(self._judge(run.step))):
                     self._examine(run.step)
                     self._flush(run.step)
             self.fact("ended", f"after step {run.step.index}")
@@ -93,6 +101,22 @@ class Session:
         self.store.commit()
         run.plugins.event("lab_end", run, diagnosis=diagnosis)
         return diagnosis
+
+    def state(self) -> dict[str, bool]:
+        """What the next step depends on, for a checkpoint."""
+        return {"look_again": self._look_again, "loss_was_finite": self._loss_was_finite}
+
+    def resume(self, step: int, state: dict[str, bool]) -> None:
+        """Go on from a checkpoint before `step`: what was recorded later is forgotten, and will be recorded again."""
+        self.store.rewind(step)
+        self.run.history = read_history(self.store.path)
+        self._look_again = state.get("look_again", False)
+        self._loss_was_finite = state.get("loss_was_finite", True)
+        findings = self.run.folder / FINDINGS
+        lines = findings.read_text(encoding="utf-8").splitlines(keepends=True) if findings.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] < step]
+        findings.write_text("".join(kept), encoding="utf-8")
+        self._known = {(found["id"], found["at"]) for found in map(json.loads, kept)}
 
     def close(self) -> None:
         """Take everything off the model, undo the faults, and close the store."""

@@ -176,6 +176,21 @@ class Store:
         self._committed = self._begun
         self._db.execute("BEGIN")
 
+    def rewind(self, step: int) -> None:
+        """Forget everything that was recorded from `step` on, and go on with what the file holds."""
+        self._db.execute("DELETE FROM steps WHERE step >= ?", (step,))
+        self._db.execute("DELETE FROM remarks WHERE kind != ?", (FACT,))
+        if step == 0:
+            self._db.execute("DELETE FROM columns")
+        kept: dict[int, list[tuple[str, str]]] = {}
+        rows = self._db.execute("SELECT layout, metric, site FROM columns ORDER BY layout, position")
+        for layout, metric, site in rows:
+            kept.setdefault(layout, []).append((metric, site))
+        self._layouts = {tuple(names): layout for layout, names in kept.items()}
+        (seconds,) = self._db.execute("SELECT max(seconds) FROM steps").fetchone()
+        self._begun -= seconds or 0.0
+        self.commit()
+
     def write(self, step: int, row: Row) -> None:
         """Write the metrics of a step."""
         layout = self._layouts.get(row.columns)

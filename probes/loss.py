@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @probe("loss", title="The loss, in training and on held-out data", cost="none")
 class Loss(Probe):
-    """Records ``loss`` each step, and ``loss.held_out`` (nats a token) when the run evaluates."""
+    """Records ``loss`` each step, and ``loss.held_out`` (nats a token) when the run evaluates.
+
+    Where the source knows them, also ``loss.over_floor``, the latter over the entropy rate, and ``loss.bits_per_byte``,
+    which does not depend on the tokenizer.
+    """
 
     def lab_step_end(self, step: Step) -> None:
         if step.loss is not None:
@@ -31,6 +35,9 @@ class Loss(Probe):
         floor = getattr(run.data, "floor", None)  # the entropy rate, where the source has one that is known
         if floor:
             run.step.record("loss.over_floor", loss / floor)
+        size = getattr(run.data, "bytes_per_token", None)
+        if size:
+            run.step.record("loss.bits_per_byte", loss / (size * math.log(2)))
         return loss
 
 

@@ -16,7 +16,7 @@ import lab
 ROOT = Path(__file__).parent.parent
 # Each part of the core, from the bottom up: it may import from its own level and from those before it.
 LEVELS = [
-    {"errors", "lazy", "names", "files"},
+    {"errors", "lazy", "names", "files", "ranks"},
     {"diagnosis.model", "projects", "shelf", "hookspecs"},
     {"catalogue", "store"},
     {"manager", "sites", "context", "sandbox", "scenario", "spec"},

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lab.cli.build import ready_project
 from lab.cli.options import RUNS, json_option, load_catalogue, plugin_option, print_json
-from lab.errors import BadInput
+from lab.errors import BadInput, one_line
 from lab.files import METRICS, RUN, new_folder
+
+if TYPE_CHECKING:
+    from lab.scenario import Scenario
 
 
 @click.command()
-@click.argument("scenario")
+@click.argument("scenario", required=False)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="In place of the scenario's seed.")
 @click.option("--steps", type=click.IntRange(1, 10_000_000), help="In place of the scenario's number of steps.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder; by default a new one in ./runs.")
+@click.option(
+    "--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run that was stopped, in its folder."
+)
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda, cuda:1, ...")
 @click.option("--twin/--no-twin", default=True, show_default=True, help="Run the healthy twin too, and compare.")
 @click.option(
@@ -26,11 +34,12 @@ from lab.files import METRICS, RUN, new_folder
 @json_option
 @plugin_option
 def run(
-    scenario: str,
+    scenario: str | None,
     *,
     seed: int | None,
     steps: int | None,
     out: Path | None,
+    resume: Path | None,
     device: str,
     twin: bool,
     uses: tuple[str, ...],
@@ -39,23 +48,35 @@ def run(
 ) -> int:
     """Run SCENARIO (an id from `lab list scenarios`, or a .toml file) and diagnose it.
 
+    A run that was stopped goes on with --resume: from its last checkpoint (train.checkpoint_every), to the same
+    numbers as if it had never stopped.
+
     Exit status: 0 when everything is as the scenario expects, 1 when not.
     """
     from lab.scenario import check_names, load_scenario, make_faults
 
-    catalogue = load_catalogue(plugins)
-    name, loaded = load_scenario(scenario)
-    changes = {key: value for key, value in (("seed", seed), ("steps", steps)) if value is not None}
-    loaded = loaded.model_copy(update=changes)
+    if resume is not None:
+        if scenario is not None or seed is not None or steps is not None or out is not None:
+            raise BadInput("--resume goes on with a run as it was: give no scenario, --seed, --steps or --out with it")
+        name, loaded, plugins, uses = stopped(resume, plugins, uses)
+        catalogue, scenario = load_catalogue(plugins), name
+    else:
+        if scenario is None:
+            raise BadInput("give a scenario: lab list scenarios")
+        catalogue = load_catalogue(plugins)
+        name, loaded = load_scenario(scenario)
+        changes = {key: value for key, value in (("seed", seed), ("steps", steps)) if value is not None}
+        loaded = loaded.model_copy(update=changes)
     check_names(loaded, catalogue, scenario)  # before torch is imported, and under the name that was given
     make_faults(loaded, catalogue, scenario)
-    folder = out if out is not None else new_name(name, loaded.seed)
+    folder = resume or out or new_name(name, loaded.seed)
 
     _use(uses)
     from lab.runtime.run import find_device, run_scenario
 
     find_device(device)
-    new_folder(folder)
+    if resume is None:
+        new_folder(folder)
     try:
         outcome = run_scenario(
             name,
@@ -65,6 +86,7 @@ def run(
             device=device,
             twin=twin,
             tools=lambda: list(catalogue.plugins.values()),
+            resume=resume is not None,
         )
     except BadInput as error:
         discard(folder)
@@ -85,6 +107,32 @@ def run(
 
         print_outcome(outcome, Console())
     return 0 if outcome.as_expected else 1
+
+
+def stopped(
+    folder: Path, plugins: tuple[str, ...], uses: tuple[str, ...]
+) -> tuple[str, Scenario, tuple[str, ...], tuple[str, ...]]:
+    """Return what a run was: its scenario with its name, its plugins, and the learner's components.
+
+    Raises:
+        BadInput: The folder holds no run, or what it says of it cannot be read.
+    """
+    from pydantic import ValidationError
+
+    from lab.scenario import Scenario, explain
+
+    path = folder / RUN
+    try:
+        about = tomllib.loads(path.read_text(encoding="utf-8"))
+        run, scenario = about["run"], Scenario.model_validate(about["scenario"])
+        used = tuple(f"{project}={file}" for project, file in run.get("use", {}).items())
+        return run["scenario"], scenario, plugins or tuple(run.get("plugins", ())), uses or used
+    except FileNotFoundError:
+        raise BadInput(f"--resume {folder}: holds no run; a run folder has a {RUN}") from None
+    except ValidationError as error:
+        raise BadInput(f"{path}: scenario: {explain(error, Scenario)}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadInput(f"{path}: not what the lab wrote: {one_line(error)}") from None
 
 
 def _use(uses: tuple[str, ...]) -> None:
@@ -119,9 +167,9 @@ def discard(folder: Path) -> None:
     from lab.store import read_history
 
     with contextlib.suppress(BadInput, OSError):
-        if read_history(folder / METRICS).last_step < 0:
+        if not (folder / METRICS).exists() or read_history(folder / METRICS).last_step < 0:
             for path in (folder / RUN, *folder.glob(f"{METRICS}*")):
-                path.unlink()
+                path.unlink(missing_ok=True)
             folder.rmdir()
 
 

@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import BadInput, LabError, one_line
+from lab.projects import PROJECTS
 
 if TYPE_CHECKING:
     from lab.projects import Project
@@ -47,6 +49,17 @@ def use(project: Project, file: str) -> None:
     built = load(file, name)
     compare(reference, built, file)
     package.component = built  # type: ignore[attr-defined]
+
+
+def used() -> dict[str, str]:
+    """Return the files that stand for the lab's components now, by the id of the project."""
+    found = {}
+    for project in PROJECTS:
+        module = sys.modules.get(f"{project.module}.component")
+        file = getattr(module, "__file__", None)
+        if file and Path(file) != project.folder / "component.py":
+            found[project.id] = file
+    return found
 
 
 def compare(reference: ModuleType, built: ModuleType, file: str) -> None:

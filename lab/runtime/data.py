@@ -10,12 +10,33 @@ from torch import Tensor
 
 from lab.context import Batch
 from lab.errors import BadInput, nearest, shown
+from lab.projects.pretraining.component import Tokenizer, train_tokenizer
 from lab.scenario import SOURCES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lab.scenario import DataSection
 
 Split = Literal["train", "held-out"]
+
+
+class Tokens(Protocol):
+    """What turns text into tokens and back.
+
+    Attributes:
+        vocabulary: V, how many different tokens there are.
+    """
+
+    vocabulary: int
+
+    def encode(self, text: str) -> list[int]:
+        """Turn text into tokens."""
+        ...
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Turn tokens into text."""
+        ...
 
 
 class Source(Protocol):
@@ -33,6 +54,10 @@ class Source(Protocol):
         """Inputs [B T] and the tokens that follow them [B T]; the same for the same step and split."""
         ...
 
+    def prompt(self) -> Tensor:
+        """What a trained model is given to write on from, [1 T]."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Turn text into tokens."""
         ...
@@ -42,53 +67,13 @@ class Source(Protocol):
         ...
 
 
-def make_source(section: DataSection, context: int, seed: int) -> Source:
-    """Build the source that a scenario names.
+class Characters:
+    """A token for each character that occurs in a text."""
 
-    Raises:
-        BadInput: It is none of the lab's, and no text that can be read.
-    """
-    if section.source == "markov":
-        return Markov(section.order, section.vocabulary, section.batch, context, seed)
-    if section.source == "arithmetic":
-        return Text(_arithmetic(seed), section.batch, context, seed, "arithmetic")
-    if section.source == "python-docs":
-        return Text(_python_docs(), section.batch, context, seed, "python-docs")
-    return Text(_read_path(section.source), section.batch, context, seed, section.source)
-
-
-def _generator(*keys: int) -> torch.Generator:
-    """Make a generator of its own for a purpose, so that batches do not depend on who else draws numbers."""
-    mixed = 0
-    for key in keys:
-        mixed = (mixed * 1_000_003 + key + 1) % (2**63 - 25)
-    return torch.Generator().manual_seed(mixed)
-
-
-class Text:
-    """Windows at random places of a text, a token a character. The last tenth of the text is held out."""
-
-    floor: float | None = None
-
-    def __init__(self, text: str, batch: int, context: int, seed: int, name: str) -> None:
+    def __init__(self, text: str) -> None:
         self.characters = sorted(set(text))
         self.vocabulary = len(self.characters)
         self._number = {c: i for i, c in enumerate(self.characters)}
-        tokens = torch.tensor([self._number[c] for c in text])
-        cut = len(tokens) - len(tokens) // 10
-        self._splits = {"train": tokens[:cut], "held-out": tokens[cut:]}
-        self._size, self._context, self._seed = batch, context, seed
-        if len(self._splits["held-out"]) <= context + 1:
-            need = 10 * (context + 2)
-            raise BadInput(f"data.source {name}: {len(text)} characters; a context of {context} needs {need}")
-
-    def batch(self, step: int, split: Split) -> Batch:
-        """Draw windows for a step."""
-        tokens = self._splits[split]
-        draw = _generator(self._seed, step, 0 if split == "train" else 1)
-        starts = torch.randint(len(tokens) - self._context, (self._size, 1), generator=draw)  # [B 1]
-        windows = tokens[starts + torch.arange(self._context + 1)]  # [B T+1]
-        return Batch((windows[:, :-1].contiguous(),), targets=windows[:, 1:].contiguous())
 
     def encode(self, text: str) -> list[int]:
         """A number for each character.
@@ -101,9 +86,101 @@ class Text:
             raise BadInput(f"the character {unknown[0]!r} does not occur in the data")
         return [self._number[c] for c in text]
 
-    def decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         """The characters."""
         return "".join(self.characters[t] for t in tokens)
+
+
+def make_source(section: DataSection, context: int, seed: int, tokenizer: Tokens | None = None) -> Source:
+    """Build the source that a scenario names.
+
+    Args:
+        section: What the scenario says of its data.
+        context: T, the length of a window.
+        seed: Of the batches, and of data that is made up.
+        tokenizer: For text; None makes the one that the scenario names from the part that is trained on.
+
+    Raises:
+        BadInput: It is none of the lab's, and no text that can be read.
+    """
+    if section.source == "markov":
+        return Markov(section.order, section.vocabulary, section.batch, context, seed)
+    if section.source == "arithmetic":
+        text = _arithmetic(seed)
+    elif section.source == "python-docs":
+        text = _python_docs()
+    else:
+        text = _read_path(section.source)
+    cut = len(text) - len(text) // 10
+    if tokenizer is None:
+        tokenizer = make_tokenizer(section, text, cut)
+    return Text(text[:cut], text[cut:], tokenizer, section.batch, context, seed, section.source)
+
+
+def make_tokenizer(section: DataSection, text: str, cut: int) -> Tokens:
+    """Build the tokenizer that a scenario names; merges are learned from the text up to `cut`."""
+    if section.tokenizer == "characters":
+        return Characters(text)
+    if section.tokenizer == "bytes":
+        return Tokenizer([])
+    return train_tokenizer(text[:cut], 256 + section.merges)
+
+
+def generator(*keys: int) -> torch.Generator:
+    """Make a generator of its own for a purpose, so that batches do not depend on who else draws numbers."""
+    mixed = 0
+    for key in keys:
+        mixed = (mixed * 1_000_003 + key + 1) % (2**63 - 25)
+    return torch.Generator().manual_seed(mixed)
+
+
+class Text:
+    """Windows at random places of a text. A part of it is held out.
+
+    Attributes:
+        bytes_per_token: Of the held-out part: what turns nats a token into bits a byte, whatever the tokenizer.
+    """
+
+    floor: float | None = None
+
+    def __init__(
+        self, train: str, held_out: str, tokenizer: Tokens, batch: int, context: int, seed: int, name: str
+    ) -> None:
+        self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
+        splits = {"train": train, "held-out": held_out}
+        self._splits = {split: torch.tensor(tokenizer.encode(text)) for split, text in splits.items()}
+        self._size, self._context, self._seed = batch, context, seed
+        rest = len(self._splits["held-out"])
+        if rest <= context + 1:
+            need = 10 * (context + 2)
+            found = sum(len(tokens) for tokens in self._splits.values())
+            kind = "characters" if isinstance(tokenizer, Characters) else "tokens"
+            raise BadInput(f"data.source {name}: {found} {kind}; a context of {context} needs {need}")
+        self.bytes_per_token = len(held_out.encode(errors="surrogatepass")) / rest
+
+    def batch(self, step: int, split: Split) -> Batch:
+        """Draw windows for a step."""
+        tokens = self._splits[split]
+        draw = generator(self._seed, step, 0 if split == "train" else 1)
+        starts = torch.randint(len(tokens) - self._context, (self._size, 1), generator=draw)  # [B 1]
+        windows = tokens[starts + torch.arange(self._context + 1)]  # [B T+1]
+        return Batch((windows[:, :-1].contiguous(),), targets=windows[:, 1:].contiguous())
+
+    def prompt(self) -> Tensor:
+        """The beginning of a held-out window, [1 8]."""
+        return self.batch(0, "held-out").args[0][:1, :8]  # type: ignore[no-any-return]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text.
+
+        Raises:
+            BadInput: It has a character that the tokenizer does not know.
+        """
+        return self.tokenizer.encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text."""
+        return self.tokenizer.decode(tokens)
 
 
 class Markov:
@@ -120,7 +197,7 @@ class Markov:
             raise BadInput(f"data: a table of {vocabulary}**{order} states is too large; lower order or vocabulary")
         self.order, self.vocabulary = order, vocabulary
         self._size, self._context, self._seed = batch, context, seed
-        draw = _generator(seed, 0xC4A1)
+        draw = generator(seed, 0xC4A1)
         # Exponential noise to a power, normalised: uneven probabilities, none of them 0.
         noise = -torch.log(torch.rand(vocabulary**order, vocabulary, generator=draw, dtype=torch.float64))
         table = noise**2 + 1e-3
@@ -148,7 +225,7 @@ class Markov:
 
     def _draw(self, chunk: int, split: Split) -> Tensor:
         """Sample the windows of a chunk of steps, started from the stationary distribution, [n B T+1]."""
-        draw = _generator(self._seed, chunk, 0 if split == "train" else 1)
+        draw = generator(self._seed, chunk, 0 if split == "train" else 1)
         rows = self.CHUNK * self._size
         state = torch.multinomial(self.stationary, rows, replacement=True, generator=draw)
         tokens = torch.empty(self._context + 1, rows, dtype=torch.long)
@@ -166,6 +243,10 @@ class Markov:
             self._cache = (chunk, split, self._draw(chunk, split))
         windows = self._cache[2][step % self.CHUNK]  # [B T+1]
         return Batch((windows[:, :-1].contiguous(),), targets=windows[:, 1:].contiguous())
+
+    def prompt(self) -> Tensor:
+        """The beginning of a held-out window, [1 8]."""
+        return self.batch(0, "held-out").args[0][:1, :8]  # type: ignore[no-any-return]
 
     def encode(self, text: str) -> list[int]:
         """Numbers separated by spaces."""
@@ -185,7 +266,7 @@ def _python_docs() -> str:
 
 def _arithmetic(seed: int) -> str:
     """Sums of two numbers below 100, and copies of short words: ``12+30=42``, ``abca>abca``; a line each."""
-    draw = _generator(seed, 0xA517)
+    draw = generator(seed, 0xA517)
     numbers = torch.randint(100, (20_000, 2), generator=draw).tolist()
     words = torch.randint(8, (20_000, 4), generator=draw).tolist()
     lines = []

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lab.context import Run
+from lab.catalogue import plugin_id
+from lab.diagnosis.diagnose import diagnose
 from lab.errors import BadInput, nearest
-from lab.files import new_folder, write_run_file
-from lab.manager import Manager
+from lab.files import METRICS, new_folder, write_run_file
+from lab.learn.component import used
 from lab.projects import PROJECTS
-from lab.runtime.engine import Engine
+from lab.runtime.launch import launch
+from lab.runtime.start import find_start, with_start
+from lab.runtime.train import train, train_start
 from lab.scenario import CheckSection, Scenario, check_names, holds, make_faults
-from lab.session import Session
 from lab.spec import measures
+from lab.store import read_history
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,6 +89,7 @@ def run_scenario(
     device: str = "cpu",
     twin: bool = True,
     tools: Callable[[], Sequence[Plugin | type[Plugin]]] = list,
+    resume: bool = False,
 ) -> Outcome:
     """Run a scenario in `folder`, then its healthy twin: the same file and seed without the faults.
 
@@ -97,21 +101,29 @@ def run_scenario(
         device: Any that torch knows.
         twin: Whether to run the twin too, where there are faults.
         tools: Gives the links to other tools, or their classes, anew for each of the two.
+        resume: Whether to go on with the run in `folder`, from its last checkpoint.
 
     Raises:
         BadInput: Something that the scenario names is not there.
         FaultFailed: A fault raised.
     """
     begun = time.monotonic()
+    scenario = with_start(scenario)
     check_names(scenario, catalogue, scenario_id)
     check_measures(scenario, scenario_id)
+    check_rows(scenario)
     faults = make_faults(scenario, catalogue, scenario_id)
     place = find_device(device)
-    diagnosis, history = run_once(scenario_id, scenario, catalogue, folder, faults, place, tools())
+    if faults and twin and not resume and (folder / TWIN / METRICS).exists():
+        raise BadInput(f"{folder / TWIN}: holds a run already; choose another --out")  # before the first of the two
+    diagnosis, history = run_once(scenario_id, scenario, catalogue, folder, faults, place, tools(), resume=resume)
     twin_history = None
     if faults and twin:
         twin_scenario = scenario.model_copy(update={"fault": []})
-        _, twin_history = run_once(f"{scenario_id} (twin)", twin_scenario, catalogue, folder / TWIN, [], place, tools())
+        twin_name = f"{scenario_id} (twin)"
+        _, twin_history = run_once(
+            twin_name, twin_scenario, catalogue, folder / TWIN, [], place, tools(), resume=resume
+        )
     checks = tuple(_check(section, scenario, history, twin_history) for section in scenario.check)
     differences = tuple(_differences(scenario, diagnosis, checks))
     seconds = time.monotonic() - begun
@@ -127,25 +139,24 @@ def run_once(
     faults: list[Fault],
     device: torch.device,
     tools: Sequence[Plugin | type[Plugin]],
+    *,
+    resume: bool = False,
 ) -> tuple[Diagnosis, History]:
-    """Run one training, watched; see `run_scenario`."""
-    new_folder(folder)
-    write_run_file(folder, name, scenario.model_dump(by_alias=True, exclude_none=True), scenario.seed)
-    manager = Manager()
-    run = Run(folder, manager, seed=scenario.seed, steps=scenario.steps, device=device, config=scenario)
-    session = Session(run, catalogue)
-    chosen = catalogue.probes if scenario.probes is None else {p: catalogue.probes[p] for p in scenario.probes}
-    try:
-        manager.add(Engine(scenario, session))
-        for plugin in (*tools, *faults, *chosen.values()):
-            manager.add_made(plugin)
-        diagnosis: Diagnosis = run.hook.lab_run(run=run)
-    except BaseException as error:
-        manager.event("lab_error", run, error=error)
-        raise
-    finally:
-        session.close()
-    return diagnosis, run.history
+    """Run one training, watched, in this process or in several; see `run_scenario`."""
+    resume = resume and (folder / METRICS).exists()
+    if resume and "ended" in (history := read_history(folder / METRICS)).facts:
+        return diagnose(history, catalogue), history
+    if not resume:
+        new_folder(folder)
+        dumped = scenario.model_dump(by_alias=True, exclude_none=True)
+        write_run_file(folder, name, dumped, scenario.seed, plugins=catalogue.asked, use=used())
+    if scenario.train.ranks == 1:
+        diagnosis, run = train(scenario, catalogue, folder, faults, tools, device=device, resume=resume)
+        return diagnosis, run.history
+    find_start(scenario, train_start)  # once, before several processes look for it
+    launch(scenario, catalogue, folder, device=str(device), tools=[*map(plugin_id, tools)], resume=resume)
+    history = read_history(folder / METRICS)
+    return diagnose(history, catalogue), history
 
 
 def find_device(name: str) -> torch.device:
@@ -185,6 +196,25 @@ def check_measures(scenario: Scenario, where: str) -> None:
     for name in wanted:
         if name not in known:
             raise BadInput(f"{where}: check: {scenario.project} has no measure {name!r}{nearest(name, known)}")
+
+
+def check_rows(scenario: Scenario) -> None:
+    """Check that a batch can be shared out as the scenario asks.
+
+    Raises:
+        BadInput: Its rows are no multiple of the processes or parts, or a pair would be parted.
+    """
+    rows, train = scenario.data.batch, scenario.train
+    ranks = train.ranks if train.parallel == "data" else 1
+    for key, count in (("ranks", ranks), ("accumulate", train.accumulate)):
+        if rows % count:
+            whole = f"data.batch = {scenario.data.batch}"
+            raise BadInput(
+                f"{whole} is no multiple of train.{key} = {count}" + (f" x {ranks}" if key != "ranks" else "")
+            )
+        rows //= count
+    if train.objective == "dpo" and rows % 2:
+        raise BadInput(f"data.batch = {scenario.data.batch}: a share of {rows} rows would part a pair of answers")
 
 
 def _measured(section: CheckSection, scenario: Scenario) -> float:

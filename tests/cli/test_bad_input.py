@@ -32,6 +32,8 @@ context = 16
 source = "markov"
 batch = 2
 """
+ARITHMETIC = GOOD.replace('"markov"', '"arithmetic"')
+NO_MODEL = GOOD[: GOOD.index("[model]")] + '[data]\nsource = "arithmetic"\n'
 FAULT = '[[fault]]\nid = "mask.future_leak"\n'
 PLUGIN = """
 import lab
@@ -114,6 +116,26 @@ SCENARIOS = {
     ),
     "syntax error": ("title = = 3", ["not valid TOML", "line 1"]),
     "unknown source": (GOOD.replace('"markov"', '"python-doc"'), ["data.source", "python-doc", "'python-docs'"]),
+    "truth in place of a parameter": (GOOD + FAULT + "offset = true\n", ["fault[0].offset", "True", "no yes or no"]),
+    "a step before the first": (GOOD + FAULT + "from_step = -1\n", ["fault[0].from_step", "-1"]),
+    "an unknown objective": (GOOD + '[train]\nobjective = "dop"\n', ["train.objective", "'dop'", "dpo"]),
+    "answers without questions": (GOOD + '[train]\nobjective = "sft"\n', ["data.source", "'arithmetic'", "'markov'"]),
+    "preferences from nothing": (ARITHMETIC + '[train]\nobjective = "dpo"\n', ["'dpo'", "train.start"]),
+    "an encoder with a choice that it lacks": (
+        GOOD.replace("[model]", '[model]\npositions = "rope"') + '[train]\nobjective = "masked"\n',
+        ["model.positions", "'masked'"],
+    ),
+    "a start that is none": (GOOD + '[train]\nstart = "pretraning"\n', ["train.start", "pretraning"]),
+    "a start with faults": (NO_MODEL + '[train]\nstart = "reads-the-future"\n', ["reads-the-future", "faults"]),
+    "a start that reads characters": (NO_MODEL + '[train]\nstart = "healthy-decoder"\n', ["healthy-decoder", "tokens"]),
+    "a start that is no decoder": (NO_MODEL + '[train]\nstart = "healthy-encoder"\n', ["healthy-encoder", "decoder"]),
+    "a start with another model": (
+        GOOD + '[train]\nstart = "healthy-pretraining"\n',
+        ["model", "healthy-pretraining", "leave [model] out"],
+    ),
+    "parts that do not fit": (GOOD + "[train]\naccumulate = 3\n", ["data.batch = 2", "train.accumulate = 3"]),
+    "adapters too large": (GOOD + "[train]\nlora_rank = 100\n", ["rank", "100"]),
+    "an unknown scheme": (GOOD + '[train]\nquantize = ["int3"]\n', ["train.quantize[0]", "'int3'", "int8-row"]),
     "width no multiple of heads": (GOOD.replace("heads = 2", "heads = 3"), ["model.width = 16", "model.heads = 3"]),
     "a table too large": (GOOD + "order = 4\nvocabulary = 4096\n", ["4096**4", "too large"]),
 }
@@ -184,7 +206,9 @@ COMMANDS = {
     "a plugin with a long name": (["list", "--plugin", "x" * 5000], ["xxx", "too long"]),
     "a run with a long name": (["diagnose", "x" * 5000], ["xxx", "too long"]),
     "a board with a long name": (["board", "x" * 5000], ["xxx", "too long"]),
-    "no scenario": (["run"], ["SCENARIO"]),
+    "no scenario": (["run"], ["scenario", "lab list scenarios"]),
+    "nothing to go on with": (["run", "--resume", "empty"], ["empty", "run.toml"]),
+    "another seed to go on with": (["run", "--resume", "empty", "--seed", "1"], ["--resume", "--seed"]),
     "an option without its value": (["run", "s.toml", "--out"], ["--out"]),
     "one argument too many": (["diagnose", "a", "b"], ["b"]),
     "a port that is none": (["board", "--port", "99999"], ["--port", "65535"]),

@@ -23,7 +23,7 @@ class Memory:
     """The keys and values of one layer, for the positions until now.
 
     Args:
-        capacity: How many positions it can hold. The storage is made at the first `extend`.
+        capacity: How many positions it can hold. The storage is made at the first `extend`; an empty memory takes any.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -36,12 +36,13 @@ class Memory:
         """Add the keys and values [B K T D] of the next positions; return those of all, [B K S D].
 
         Raises:
-            BadInput: They do not fit.
+            BadInput: They do not fit: too many positions, or not the rows, heads, width, dtype or device of those held.
         """
+        self.check(k, v)
         start, end = self.length, self.length + k.shape[2]
         if end > self.capacity:
             raise BadInput(f"{end} positions, but the cache has room for {self.capacity}")
-        if self.keys is None or self.values is None:
+        if self.keys is None or self.values is None or not self.length:
             b, heads, _, d = k.shape
             self.keys, self.values = k.new_empty(b, heads, self.capacity, d), v.new_empty(b, heads, self.capacity, d)
         self.keys[:, :, start:end] = k
@@ -49,9 +50,42 @@ class Memory:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def check(self, k: Tensor, v: Tensor) -> None:
+        """Raise `BadInput` where keys and values are not of one shape, or not like those held."""
+        if k.dim() != 4 or k.shape != v.shape:
+            raise BadInput(f"keys {list(k.shape)} and values {list(v.shape)}: expected both of one shape [B K T D]")
+        for name, new, held in (("keys", k, self.keys), ("values", v, self.values)):
+            # Assigned as they are, one row would be repeated for all, and another dtype converted.
+            if held is not None and self.length and kind(new) != kind(held):
+                raise BadInput(f"{name} of {kind(new)}; but the cache holds {kind(held)}")
+
     def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
+        """Forget every position from `length` on.
+
+        Raises:
+            BadInput: The length is below 0.
+        """
+        if length < 0:
+            raise BadInput(f"a cache cannot be cut to {length} positions")
         self.length = min(self.length, length)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i of the batch be what row ``rows[i]`` was; an empty memory stays as it is.
+
+        Args:
+            rows: [B'], indices. A row may be taken more than once, or not at all.
+
+        Raises:
+            BadInput: An index is not that of a row.
+        """
+        if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise BadInput(f"rows of shape {list(rows.shape)} and dtype {rows.dtype}: expected indices, [B]")
+        if self.keys is None or self.values is None or not self.length:
+            return
+        rows, count = rows.to(self.keys.device), self.keys.shape[0]
+        if bool(((rows < 0) | (rows >= count)).any()):
+            raise BadInput(f"rows {rows.tolist()}: the cache holds {count}, 0 to {count - 1}")
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
     @property
     def bytes(self) -> int:
@@ -87,25 +121,74 @@ class Cache:
         for memory in self.memories:
             memory.truncate(length)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Pick the rows of the batch anew, [B'] indices, in every layer, as beam search does with the texts it keeps.
+
+        Raises:
+            BadInput: An index is not that of a row.
+        """
+        for memory in self.memories:
+            memory.reorder(rows)
+
+
+def kind(x: Tensor) -> str:  # [B K T D]
+    """Say what keys or values must share with those of the other positions."""
+    b, k, _, d = x.shape
+    return f"{b} rows, {k} heads, width {d}, {x.dtype} on {x.device}"
+
+
+def largest(logits: Tensor) -> Tensor:  # [B V] -> [B 1]
+    """Return the largest logit of each row.
+
+    Raises:
+        BadInput: It is NaN, inf or -inf: the row has no softmax. Single logits of -inf are tokens that cannot come.
+    """
+    top = logits.amax(dim=-1, keepdim=True)  # NaN if one logit is
+    if not bool(top.isfinite().all()):
+        row = int((~top.isfinite()).flatten().nonzero()[0])
+        raise BadInput(f"the largest logit of row {row} is {float(top.flatten()[row])}: there is nothing to choose by")
+    return top
+
 
 def greedy(logits: Tensor) -> Tensor:  # [B V] -> [B 1]
-    """The likeliest token."""
+    """The likeliest token; the first of those that are equally likely.
+
+    Raises:
+        BadInput: The largest logit of a row is not finite.
+    """
+    largest(logits)
     return logits.argmax(dim=-1, keepdim=True)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:  # [B V] -> [B V]
-    """Leave the k largest logits, and those equal to the k-th; the others become -inf."""
+    """Leave the k largest logits, and those equal to the k-th; the others become -inf.
+
+    Raises:
+        BadInput: k is below 1: no token would be left.
+    """
+    if not k >= 1:
+        raise BadInput(f"top_k = {k}: it must be at least 1, or no token is left")
     smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]  # [B 1]
     return logits.masked_fill(logits < smallest, float("-inf"))
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:  # [B V] -> [B V]
-    """Leave the fewest tokens whose probabilities sum to at least p, the likeliest always among them."""
-    ordered, places = logits.sort(dim=-1, descending=True)  # [B V]
+    """Leave the fewest tokens whose probabilities sum to at least p; all for p = 1. Of equals, the first stay.
+
+    Raises:
+        BadInput: p is not in (0, 1], or the largest logit of a row is not finite.
+    """
+    if not 0 < p <= 1:
+        raise BadInput(f"top_p = {p}: it must be above 0 and at most 1")
+    top = largest(logits)
+    if p == 1:
+        return logits
+    ordered, places = (logits.double() - top).sort(dim=-1, descending=True, stable=True)  # [B V]
+    # In float32 the sum over a wide vocabulary is wrong by more than what stands at its end.
     probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # [B V], what stands in front of each
-    kept = (before < p).index_fill(-1, torch.zeros(1, dtype=torch.long, device=logits.device), True)
-    hidden = torch.ones_like(kept).scatter(-1, places, ~kept)  # [B V], in the order of the tokens
+    before = probabilities.cumsum(dim=-1) - probabilities  # [B V], what stands in front of each; 0 for the first
+    enough = p * (1 - 1e-12)  # a sum that is p but for rounding has reached it
+    hidden = torch.empty_like(before, dtype=torch.bool).scatter(-1, places, before >= enough)  # in the order of tokens
     return logits.masked_fill(hidden, float("-inf"))
 
 
@@ -117,14 +200,17 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # [B V] -> [B 1]
-    """Draw a token from the softmax of the logits over `temperature`, of those that `top_k` and `top_p` leave.
+    """Draw a token from the softmax of the logits over `temperature`, of those that `top_k`, then `top_p` leave.
 
     Raises:
-        BadInput: The temperature is not above 0.
+        BadInput: The temperature is not above 0 or not finite, `top_k` is below 1, `top_p` is not in (0, 1], or the
+            largest logit of a row is not finite.
     """
-    if not temperature > 0:
-        raise BadInput(f"a temperature of {temperature}: it must be above 0; greedy is the limit")
-    logits = logits.float() / temperature
+    if not 0 < temperature < float("inf"):
+        raise BadInput(f"a temperature of {temperature}: it must be above 0 and finite; greedy is the limit")
+    # The largest becomes 0 before it is divided, and stays 0 however small the temperature: the limit is greedy. One of
+    # less than `tiny` has no finite reciprocal.
+    logits = (logits.double() - largest(logits)) / max(temperature, torch.finfo(torch.float64).tiny)
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
@@ -134,7 +220,14 @@ def sample(
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompt: Tensor, length: int, choose: Choose, *, layers: int, cached: bool = True
+    model: nn.Module,
+    prompt: Tensor,
+    length: int,
+    choose: Choose,
+    *,
+    layers: int,
+    cached: bool = True,
+    capacity: int | None = None,
 ) -> Tensor:  # [B T] -> [B T+length]
     """Add `length` tokens to the prompt, each chosen from the logits [B V] of the position before it.
 
@@ -145,9 +238,21 @@ def generate(
         choose: Such as `greedy`.
         layers: Of the model; as many memories are needed.
         cached: Without a cache the whole text is computed again for each token.
+        capacity: How many positions the cache has room for. None is as many as the text will have.
+
+    Raises:
+        BadInput: The prompt is empty, the length is below 0, or the cache has no room for all tokens but the last.
     """
+    if prompt.dim() != 2 or prompt.shape[1] == 0:
+        raise BadInput(f"a prompt of shape {list(prompt.shape)}: expected [B T], at least one token a row")
+    if length < 0:
+        raise BadInput(f"{length} tokens to add: it must be 0 or more")
+    capacity = prompt.shape[1] + length if capacity is None else capacity
+    needed = token_passes(prompt.shape[1], length, cached=True)
+    if cached and capacity < needed:
+        raise BadInput(f"{needed} tokens will pass the model, but the cache has room for {capacity}")
     tokens, fresh = prompt, prompt
-    cache = Cache(layers, prompt.shape[1] + length) if cached else None
+    cache = Cache(layers, capacity) if cached else None
     for _ in range(length):
         logits = model(tokens) if cache is None else model(fresh, cache)  # [B T V]
         fresh = choose(logits[:, -1])  # [B 1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lab.projects.decoder.component import Decoder
-from lab.projects.kv_cache.component import Cache, cache_bytes, generate, greedy, token_passes
-from lab.spec import measure
+from lab.projects.kv_cache.component import Cache, cache_bytes, generate, greedy, keep_top_p, sample, token_passes
+from lab.spec import measure, normal
 
 LAYERS, WIDTH, HEADS = 2, 32, 4
 
@@ -55,3 +55,27 @@ def bytes_over_closed_form(seed: int) -> float:
         model(_tokens(seed, 64), cache)
     width = WIDTH // HEADS
     return cache.bytes / cache_bytes(LAYERS, HEADS, width, 64, 4, 2)
+
+
+@measure("largest distance of logits after rows were picked anew from those of the picked text in one pass; rounding")
+def reordered_gap(seed: int) -> float:
+    model, tokens, cache, rows = _model(seed), _tokens(seed, 64), Cache(LAYERS, 64), torch.tensor([1, 1, 0])
+    with torch.no_grad():
+        model(tokens[:, :32], cache)
+        cache.reorder(rows)
+        got = model(tokens[rows, 32:], cache)
+        return float((got - model(tokens[rows])[:, 32:]).abs().max())
+
+
+@measure(
+    "tokens of 50,000, logits of std 4, that top-p with p = 1 leaves out; 0, where a sum in float32 leaves out a third"
+)
+def lost_at_p_1(seed: int) -> float:
+    return float(keep_top_p(normal(seed, 1, 50_000, dtype=torch.float32, scale=4.0), 1.0).isinf().sum())
+
+
+@measure("share of 1,000 draws at a temperature of 1e-40 that are the likeliest token; 1, the greedy limit")
+def greedy_at_temperature_0(seed: int) -> float:
+    logits = normal(seed, 1000, 64, dtype=torch.float32)
+    drawn = sample(logits, temperature=1e-40, generator=torch.Generator().manual_seed(seed))
+    return float((drawn == greedy(logits)).double().mean())

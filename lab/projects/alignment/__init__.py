@@ -1,0 +1,1 @@
+"""Project 18: see component.py."""

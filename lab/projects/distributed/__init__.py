@@ -1,0 +1,1 @@
+"""Project 20: see component.py."""

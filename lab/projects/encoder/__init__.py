@@ -1,0 +1,1 @@
+"""Project 9: see component.py."""

@@ -1,0 +1,1 @@
+"""Project 17: see component.py."""

@@ -1,0 +1,1 @@
+"""Project 19: see component.py."""

@@ -1,0 +1,1 @@
+"""Project 16: see component.py."""
