@@ -134,10 +134,13 @@ def kl_estimate(policy: Tensor, reference: Tensor) -> Tensor:  # [B T], [B T] ->
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:  # [G N] -> [G N]
     """Each reward against the others of its group: less their mean, over their standard deviation (GRPO).
 
-    The standard deviation is that of the group itself, over N. A group whose rewards are all equal teaches nothing.
+    The standard deviation is that of the group itself, over N. A group whose rewards are all equal teaches nothing:
+    its advantages are exactly 0, where the rounding of the mean, over a standard deviation of rounding, would not be.
     """
     away = rewards - rewards.mean(dim=-1, keepdim=True)
-    return away / (away.square().mean(dim=-1, keepdim=True).sqrt() + eps)
+    advantages: Tensor = away / (away.square().mean(dim=-1, keepdim=True).sqrt() + eps)
+    alike = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)  # [G 1]
+    return advantages.masked_fill(alike, 0.0)
 
 
 def policy_loss(
