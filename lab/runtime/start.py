@@ -68,7 +68,7 @@ def find_start(scenario: Scenario, train: Train) -> Start | None:
     if not scenario.train.start:
         return None
     name, base = scenario.train.start, _base(scenario)
-    path = cache() / f"{name}-{_key(base)}.pt"
+    path = cache() / f"{Path(name).stem}-{_key(base)}.pt"
     if not path.is_file():
         logging.getLogger("lab").warning("lab: training %s once, to start from; kept in %s", name, path.parent)
         with tempfile.TemporaryDirectory(prefix="lab-") as folder:
