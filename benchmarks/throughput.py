@@ -3,6 +3,7 @@
     pip install transformers                      # without it that column is left out
     python benchmarks/throughput.py               # ratios of the medians: below 1 the lab is faster
     python benchmarks/throughput.py --steps 60    # more steps, less noise
+    python benchmarks/throughput.py --shares      # what share of each one's step goes where
 
 Prints ratios, not times: the machine may be busy. All have the same layers, widths, heads, learned positions, norms
 before the branches, GELU and a tied head, no dropout, and torch's own fused AdamW; nobody is listening. GPT-2 stands
@@ -95,53 +96,81 @@ def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def compare(size: tuple[int, int, int], steps: int) -> dict[str, float]:
-    """Alternate the steps of all; return the lab's time as a share of each other's, by the medians of pairs."""
+def models(size: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the step of each model by name, and for each of the others which of ours it is compared with."""
     layers, width, heads = size
     torch.manual_seed(0)
-    same: Callable[[Any], Tensor] = lambda out: out  # noqa: E731 - beside its sibling in the table below
-    ours = {
-        activation: stepper(
-            Decoder(
-                VOCABULARY,
-                context=CONTEXT,
-                layers=layers,
-                width=width,
-                heads=heads,
-                tied=True,
-                choices=Choices(activation=activation),
-            ),
-            same,
-            cross_entropy,
-        )
-        for activation in ("gelu", "gelu-tanh")
-    }
-    # Name of another to its step, and which of ours it is compared with.
-    others = {"nn.TransformerEncoder": (stepper(PlainEncoder(*size), same, plain_loss), "gelu")}
+    same: Callable[[Any], Tensor] = lambda out: out  # noqa: E731 - beside its sibling below
+    steps, against = {}, {}
+    for activation in ("gelu", "gelu-tanh"):
+        shape = {"context": CONTEXT, "layers": layers, "width": width, "heads": heads}
+        ours = Decoder(VOCABULARY, **shape, tied=True, choices=Choices(activation=activation))
+        steps[f"lab, {activation}"] = stepper(ours, same, cross_entropy)
+    steps["nn.TransformerEncoder"] = stepper(PlainEncoder(*size), same, plain_loss)
+    against["nn.TransformerEncoder"] = "lab, gelu"
     if importlib.util.find_spec("transformers"):
         for form, activation in (("gelu", "gelu"), ("gelu_new", "gelu-tanh")):
-            step = stepper(hugging_face(*size, form), lambda out: out.logits, plain_loss)
-            others[f"GPT-2, {form}"] = (step, activation)
-    steppers = {**ours, **{name: step for name, (step, _) in others.items()}}
+            name = f"GPT-2, {form}"
+            steps[name] = stepper(hugging_face(*size, form), lambda out: out.logits, plain_loss)
+            against[name] = f"lab, {activation}"
+    return steps, against
+
+
+def batch(index: int) -> Tensor:
+    """Random tokens [B T+1]."""
+    return torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(index))
+
+
+def compare(size: tuple[int, int, int], steps: int) -> dict[str, float]:
+    """Alternate the steps of all; return the lab's time as a share of each other's, by the medians of pairs."""
+    steppers, against = models(size)
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for index in range(steps + 3):
-        tokens = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(index))
         for name, step in steppers.items():
             begun = time.perf_counter()
-            step(tokens)
+            step(batch(index))
             times[name].append(time.perf_counter() - begun)
-    pairs = {name: zip(times[own][3:], times[name][3:], strict=True) for name, (_, own) in others.items()}
+    pairs = {name: zip(times[own][3:], times[name][3:], strict=True) for name, own in against.items()}
     return {name: statistics.median(mine / theirs for mine, theirs in pair) for name, pair in pairs.items()}
 
 
+KINDS = {"products": ("mm",), "attention": ("scaled_dot_product",), "optimiser": ("adamw",), "GELU": ("gelu",)}
+
+
+def shares(size: tuple[int, int, int], steps: int) -> dict[str, dict[str, float]]:
+    """Return by model which share of the operators' own time each kind of them takes.
+
+    Products, attention and optimiser are the same work in all: what they take bounds what can be gained.
+    """
+    found = {}
+    for name, step in models(size)[0].items():
+        step(batch(0))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for index in range(steps):
+                step(batch(index))
+        operators = [(event.key, event.self_cpu_time_total) for event in profile.key_averages()]
+        total = sum(spent for _, spent in operators)
+        found[name] = {
+            kind: sum(spent for key, spent in operators if any(part in key for part in parts)) / total
+            for kind, parts in KINDS.items()
+        }
+    return found
+
+
 def main() -> None:
-    """Print the ratios."""
+    """Print the ratios, or the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--shares", action="store_true", help="profile in place of comparing")
     options = parser.parse_args()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, batch {BATCH} x {CONTEXT}, {options.steps} steps", flush=True)
     for name, size in SIZES.items():
+        if options.shares:
+            for model, kinds in shares(size, min(options.steps, 5)).items():
+                said = "  ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
+                print(f"{name:>16}: {model:<22} {said}", flush=True)
+            continue
         figures = compare(size, options.steps)
         print(f"{name:>16}: " + "  ".join(f"{other} {ratio:.2f}x" for other, ratio in figures.items()), flush=True)
 

@@ -6,6 +6,7 @@ python docs/generate.py --check    # write nothing; exit status 1 when something
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import sys
@@ -18,13 +19,17 @@ from pydantic import TypeAdapter
 from lab import hookspecs
 from lab.cli import cli
 from lab.manager import HOOKS, discover
+from lab.projects import PROJECTS
 from lab.scenario import Scenario
+from lab.shelf import find_scenarios
+from lab.spec import measures, properties
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from lab.catalogue import Catalogue, Fault, Plugin, Probe, Rule
     from lab.diagnosis.model import Cause
+    from lab.projects import Project
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py from the code. Change the code, then run it again. -->"
@@ -287,6 +292,20 @@ def _option(param: click.Option) -> tuple[str, ...]:
     return names, value, code(shown) if shown else "", param.help or ""
 
 
+def project(each: Project) -> str:
+    """One project: its scenarios, what its component must do, and the numbers that its theory knows."""
+    spec, numbers = (importlib.import_module(f"{each.module}.{name}") for name in ("spec", "measures"))
+    names = [name for name, found in find_scenarios().items() if found.project == each.id]
+    rows = [(code(p.name), p.meaning) for p in properties(spec)]
+    known = [(code(m.name), m.title) for m in measures(numbers)]
+    return section(
+        f"{each.number}. {each.title}",
+        f"`lab build {each.id}`: {each.builds}. Scenarios: {', '.join(map(code, sorted(names)))}.",
+        table(("property", "what it means when it fails"), rows),
+        table(("measure", "what it is; what theory says"), known),
+    )
+
+
 def anchor(heading: str) -> str:
     """Return the anchor that a heading gets on a rendered page."""
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
@@ -305,6 +324,7 @@ def pages() -> dict[str, str]:
         "checks": [check(rule, known) for rule in known.rules.values()],
         "causes": [cause(each, known) for each in known.causes.values()],
         "plugins": [plugin(cls) for cls in known.plugins.values()],
+        "projects": [project(each) for each in PROJECTS if each.ready],
         "commands": [command(name, each) for name, each in cli.commands.items()],
     }
     text = {

@@ -10,6 +10,7 @@ import pytest
 
 from lab.cli import cli
 from lab.manager import HOOKS
+from lab.projects import PROJECTS
 from lab.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ def ids(catalogue: Catalogue) -> dict[str, set[str]]:
         "checks": set(catalogue.rules),
         "causes": set(catalogue.causes),
         "plugins": set(catalogue.plugins),
+        "projects": {f"{project.number}. {project.title}" for project in PROJECTS},
         "commands": {f"lab {name}" for name in cli.commands},
     }
 
 
-@pytest.mark.parametrize("kind", ["hooks", "faults", "probes", "checks", "causes", "plugins", "commands"])
+@pytest.mark.parametrize("kind", ["hooks", "faults", "probes", "checks", "causes", "plugins", "projects", "commands"])
 def test_everything_has_a_section(catalogue: Catalogue, kind: str) -> None:
     title, *sections = headings(DOCS / "reference" / f"{kind}.md")
     assert title.lower() == kind
