@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import warnings
@@ -42,7 +43,7 @@ def together(world: int, work: Callable[[int], T], *, timeout: float = 60.0) -> 
         BadInput: This process is in a group already.
         TimeoutError: Some did not end in time; all are killed.
         RuntimeError: One ended without a word, or raised what cannot be pickled; the text names its rank.
-        Exception: Whatever the first to fail raised.
+        Exception: Whatever the first to fail raised, with a note of its rank.
     """
     if dist.is_available() and dist.is_initialized():
         raise BadInput("this process is in a torch.distributed group; groups do not nest")
@@ -100,7 +101,10 @@ def _hear(here: Connection, rank: int) -> io.BytesIO | Exception:
         return io.BytesIO(content)
     pickled, line = content
     error = None if pickled is None else pickle.loads(pickled)  # noqa: S301 - our own fork wrote it
-    return error if isinstance(error, Exception) else RuntimeError(f"rank {rank} raised {line}")
+    if not isinstance(error, Exception):
+        return RuntimeError(f"rank {rank} raised {line}")
+    error.add_note(f"on rank {rank}")
+    return error
 
 
 def _first_cause(failed: list[Exception], waiting: dict[Connection, int]) -> Exception:
@@ -116,6 +120,9 @@ def _first_cause(failed: list[Exception], waiting: dict[Connection, int]) -> Exc
 def _one(rank: int, world: int, work: Callable[[int], Any], folder: Path, there: Connection, timeout: float) -> None:
     """What a process does: join, work, say what came of it, and end without the cleaning-up of its parent."""
     torch.set_num_threads(1)
+    # Where the parent itself is killed, nobody is left to kill this one.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, timeout + 1)
     # A failing rank must not print: what it raised is told by the parent.
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 2)
@@ -136,5 +143,6 @@ def _one(rank: int, world: int, work: Callable[[int], Any], folder: Path, there:
         except Exception:  # noqa: BLE001
             pickled = None
         there.send((False, (pickled, one_line(error))))
+        time.sleep(timeout)  # until it is killed: were it gone, the ranks that speak to it would fail too
     there.close()
     os._exit(0)

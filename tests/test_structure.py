@@ -23,6 +23,7 @@ LEVELS = [
     {"diagnosis.diagnose"},  # and every part of a project
     {"session", "results", "learn"},
     {"runtime", "attach"},
+    {"matrix"},
     {"cli"},
 ]
 COMPONENTS = 4

@@ -12,6 +12,8 @@ from lab.cli.build import build, hint
 from lab.cli.check import check
 from lab.cli.diagnose import diagnose
 from lab.cli.list import list_
+from lab.cli.matrix import matrix
+from lab.cli.prove import prove
 from lab.cli.run import run
 from lab.cli.show import show
 from lab.errors import BadInput, LabError, shown
@@ -31,7 +33,7 @@ def cli() -> None:
     """  # noqa: D301 - to click, the character \b keeps the lines below it apart
 
 
-for command in (list_, show, build, hint, check, run, diagnose, board):
+for command in (list_, show, build, hint, check, run, diagnose, prove, matrix, board):
     cli.add_command(command)
 
 

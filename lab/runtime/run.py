@@ -224,7 +224,8 @@ def _measured(section: CheckSection, scenario: Scenario) -> float:
         return _measures(scenario.project)[section.metric.removeprefix(MEASURE)](scenario.seed)
 
 
-def _value(section: CheckSection, history: History | None) -> float | None:
+def value_of(section: CheckSection, history: History | None) -> float | None:
+    """The number that a check is about; None where it was never recorded."""
     if history is None:
         return None
     values = history.series(section.metric, section.at).values
@@ -241,7 +242,7 @@ def _check(section: CheckSection, scenario: Scenario, history: History, twin: Hi
     if section.metric.startswith(MEASURE):  # of the component, whatever happens to the run
         measured = _measured(section, scenario)
         return Check(section.metric, "", section.is_, section.on, measured, None, holds(section.is_, measured))
-    value, twin_value = _value(section, history), _value(section, twin)
+    value, twin_value = value_of(section, history), value_of(section, twin)
     held = value is not None and holds(section.is_, value)
     held_by_twin = twin_value is not None and holds(section.is_, twin_value)
     if not broken:

@@ -62,6 +62,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, text:
         ("while True: pass", "not done after 3 s"),
         ("return v[..., :1]", "has shape"),
         ("return v.float()", "has dtype"),
+        ("return v.to('meta')", "has device meta, expected cpu"),
         ("raise ValueError('no\\nway')", "ValueError: no (attention.py:27)"),
         ("print('x' * 10_000_000); return v", "at"),
     ],

@@ -1,0 +1,158 @@
+"""Runs the cells of the matrix in several processes, and keeps each row as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.errors import BadInput, one_line
+from lab.matrix.cells import Cell, aims, configured
+from lab.names import within
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lab.catalogue import Catalogue
+    from lab.diagnosis.model import Diagnosis
+    from lab.matrix.cells import Aim
+
+ROWS = "rows.jsonl"
+Row = dict[str, Any]
+
+
+def run_cells(wanted: Sequence[Cell], folder: Path, *, jobs: int, plugins: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield a row for each cell: first those that `folder` holds already, then each as it is done.
+
+    Args:
+        wanted: What to run.
+        folder: Where rows are kept, so that a matrix that was stopped goes on.
+        jobs: How many processes.
+        plugins: Files and modules of plugins, for each process.
+    """
+    path = folder / ROWS
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = _read(path)
+    left = []
+    for cell in wanted:
+        if cell.key in kept:
+            yield kept[cell.key]
+        else:
+            left.append(cell)
+    if not left:
+        return
+    _make_starts(left)
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(tuple(plugins),)) as pool,
+        path.open("a", encoding="utf-8") as file,
+    ):
+        futures = [pool.submit(run_cell, cell) for cell in left]
+        try:
+            for future in as_completed(futures):
+                row = future.result()
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                yield row
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _make_starts(wanted: Sequence[Cell]) -> None:
+    """Train, once, the models that cells start from, before several processes look for them."""
+    from lab.runtime.start import find_start, with_start
+    from lab.runtime.train import train_start
+    from lab.scenario import load_scenario
+
+    for base in dict.fromkeys(cell.base for cell in wanted):
+        find_start(with_start(load_scenario(base)[1]), train_start)
+
+
+def _read(path: Path) -> dict[str, Row]:
+    """Return the rows that are kept, by key; a last line that was cut off is left out."""
+    rows = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            rows[row["key"]] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rows
+
+
+_known: tuple[Catalogue, dict[str, Aim]] | None = None  # of this process
+
+
+def _begin(plugins: tuple[str, ...]) -> None:
+    """Prepare a process: one thread, since there are as many processes as cores; the catalogue, read once."""
+    global _known  # noqa: PLW0603 - what a pool's initialiser can leave behind
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    from lab.manager import discover
+
+    torch.set_num_threads(1)
+    catalogue = discover(plugins)
+    _known = catalogue, aims(catalogue)
+
+
+def run_cell(cell: Cell) -> Row:
+    """Run one cell; say what was found. A fault that finds no place in a project does not apply there."""
+    assert _known is not None
+    from lab.runtime.run import find_device, run_once
+    from lab.scenario import make_faults
+
+    catalogue, known = _known
+    aim = known.get(cell.fault)
+    row: Row = {"key": cell.key, "fault": cell.fault, "project": cell.project, "seed": cell.seed}
+    begun = time.monotonic()
+    try:
+        scenario = configured(cell, aim)
+        faults = make_faults(scenario, catalogue, cell.key)
+        with tempfile.TemporaryDirectory(prefix="lab-matrix-") as folder:
+            place = find_device("cpu")
+            diagnosis, _ = run_once(cell.key, scenario, catalogue, Path(folder) / "run", faults, place, [])
+    except BadInput as error:
+        return {**row, "applies": False, "reason": str(error)}
+    except Exception as error:  # noqa: BLE001 - one cell that fails must not end the matrix
+        return {**row, "applies": True, "error": one_line(error), **_nothing()}
+    from_step = int(scenario.fault[0].parameters.get("from_step", 0)) if scenario.fault else 0
+    seconds = {"seconds": round(time.monotonic() - begun, 2)}
+    return {**row, "applies": True, **judged(diagnosis, aim, from_step), **seconds}
+
+
+def _nothing() -> Row:
+    found: Row = {"detected": False, "named": False, "located": None, "delay": None, "at": "", "causes": []}
+    return {**found, "symptoms": [], "checked": [], "not_checked": {}}
+
+
+def judged(diagnosis: Diagnosis, aim: Aim | None, from_step: int) -> Row:
+    """Compare a diagnosis with the fault: was anything found, was its cause named first, in its place, how soon?
+
+    A place is right when it is the one expected, holds it or is held by it. ``located`` is None where none is expected.
+    """
+    first = diagnosis.causes[0] if diagnosis.causes else None
+    row: Row = {
+        "detected": diagnosis.verdict == "faulty",
+        "named": False,
+        "located": None,
+        "delay": None,
+        "at": first.at if first else "",
+        "causes": [cause.id for cause in diagnosis.causes],
+        "symptoms": sorted({symptom.id for symptom in diagnosis.symptoms}),
+        "checked": sorted(diagnosis.checked),
+        "not_checked": dict(diagnosis.not_checked),
+    }
+    if aim is None:
+        return row
+    if diagnosis.symptoms:
+        row["delay"] = min(symptom.since for symptom in diagnosis.symptoms) - from_step
+    row["named"] = first is not None and first.id == aim.cause
+    if aim.at:
+        row["located"] = first is not None and (within(first.at, aim.at) or within(aim.at, first.at))
+    return row
