@@ -257,8 +257,9 @@ def gradients_are_those_of_finite_differences(built: Built, seed: int) -> None:
         return ((w.exp() + b) / (v.mean() ** 2 + 1)).transpose(0, 1).reshape(2, -1)[[0, 1, 1]].mean(1)
 
     inputs = normal(seed + 1, 4, 2), normal(seed + 2, 2), normal(seed + 3, 2, 2)
+    apply: Operation = _AsTorch.apply
     for function in (loss, path):
-        gradients(lambda *leaves, function=function: _AsTorch.apply(built, function, *leaves), *inputs)  # type: ignore[no-untyped-call]
+        gradients(partial(apply, built, function), *inputs)
 
 
 @prop(
@@ -277,7 +278,8 @@ def keeps_the_dtype(built: Built, seed: int, dtype: torch.dtype) -> None:
     got.backward()
     wanted = torch.autograd.grad(expected, exact)
     slack = 16 * torch.finfo(dtype).eps
-    for name, ours_, theirs in zip(("value", "a", "b"), (got.value, *(v.grad for v in ours)), (expected, *wanted)):  # noqa: B905
+    results = got.value, *(v.grad for v in ours)
+    for name, ours_, theirs in zip(("value", "a", "b"), results, (expected, *wanted), strict=True):
         holds(ours_.dtype == dtype, f"{name} is {ours_.dtype}, the variables are {dtype}")
         equal(ours_.double(), theirs.detach(), name, rtol=slack, atol=slack)
     mixed = built.Variable(a)
