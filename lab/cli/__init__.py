@@ -7,6 +7,7 @@ import sys
 import click
 
 from lab import __version__
+from lab.cli.answer import answer
 from lab.cli.board import board
 from lab.cli.build import build, hint
 from lab.cli.check import check
@@ -33,7 +34,7 @@ def cli() -> None:
     """  # noqa: D301 - to click, the character \b keeps the lines below it apart
 
 
-for command in (list_, show, build, hint, check, run, diagnose, prove, matrix, board):
+for command in (list_, show, build, hint, check, run, diagnose, answer, prove, matrix, board):
     cli.add_command(command)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lab.cli.options import json_option, load_catalogue, plugin_option, print_json
+from lab.errors import BadInput
 
 
 @click.command()
@@ -18,8 +19,11 @@ def diagnose(run: Path, *, as_json: bool, plugins: tuple[str, ...]) -> int:
 
     Exit status: 0 when it is healthy, 1 when it is faulty or nothing can be said.
     """
+    from lab.learn.blind import is_sealed
     from lab.results import load
 
+    if is_sealed(run):
+        raise BadInput(f"{run}: a blind run; say what is wrong with it first: lab answer {run} --cause ...")
     results = load(run)
     diagnosis = results.diagnosis(load_catalogue(plugins))
     if as_json:

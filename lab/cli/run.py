@@ -15,6 +15,10 @@ from lab.errors import BadInput, one_line
 from lab.files import METRICS, RUN, new_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lab.catalogue import Catalogue
+    from lab.runtime.run import Outcome
     from lab.scenario import Scenario
 
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 @click.option(
     "--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run that was stopped, in its folder."
 )
+@click.option("--blind", is_flag=True, help="Draw a scenario by --seed, and hide which: say what is wrong with it.")
+@click.option("--project", default="", help="With --blind: draw from this project.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda, cuda:1, ...")
 @click.option("--twin/--no-twin", default=True, show_default=True, help="Run the healthy twin too, and compare.")
 @click.option(
@@ -40,6 +46,8 @@ def run(
     steps: int | None,
     out: Path | None,
     resume: Path | None,
+    blind: bool,
+    project: str,
     device: str,
     twin: bool,
     uses: tuple[str, ...],
@@ -51,24 +59,25 @@ def run(
     A run that was stopped goes on with --resume: from its last checkpoint (train.checkpoint_every), to the same
     numbers as if it had never stopped.
 
+    With --blind there is no SCENARIO and no diagnosis: look at the run, then say `lab answer RUN --cause ... --at ...`.
+
     Exit status: 0 when everything is as the scenario expects, 1 when not.
     """
-    from lab.scenario import check_names, load_scenario, make_faults
-
+    if blind:
+        if scenario is not None or resume is not None:
+            raise BadInput("--blind draws a scenario itself: give none, and no --resume with it")
+        return run_blind(project, seed or 0, steps, out, device, plugins)
+    if project:
+        raise BadInput("--project goes with --blind")
     if resume is not None:
         if scenario is not None or seed is not None or steps is not None or out is not None:
             raise BadInput("--resume goes on with a run as it was: give no scenario, --seed, --steps or --out with it")
         name, loaded, plugins, uses = stopped(resume, plugins, uses)
-        catalogue, scenario = load_catalogue(plugins), name
+        given = name
     else:
-        if scenario is None:
-            raise BadInput("give a scenario: lab list scenarios")
-        catalogue = load_catalogue(plugins)
-        name, loaded = load_scenario(scenario)
-        changes = {key: value for key, value in (("seed", seed), ("steps", steps)) if value is not None}
-        loaded = loaded.model_copy(update=changes)
-    check_names(loaded, catalogue, scenario)  # before torch is imported, and under the name that was given
-    make_faults(loaded, catalogue, scenario)
+        name, loaded = asked(scenario, seed, steps)
+        given = scenario or name
+    catalogue = checked(loaded, plugins, given)
     folder = resume or out or new_name(name, loaded.seed)
 
     _use(uses)
@@ -77,7 +86,7 @@ def run(
     find_device(device)
     if resume is None:
         new_folder(folder)
-    try:
+    with refused_runs_removed(folder, given, device):
         outcome = run_scenario(
             name,
             loaded,
@@ -88,25 +97,108 @@ def run(
             tools=lambda: list(catalogue.plugins.values()),
             resume=resume is not None,
         )
+    tell(outcome, as_json=as_json)
+    return 0 if outcome.as_expected else 1
+
+
+@contextlib.contextmanager
+def refused_runs_removed(folder: Path, given: str, device: str) -> Iterator[None]:
+    """Remove the folder of a run that was refused, and name in the error what was given.
+
+    Raises:
+        BadInput: The block raised it, or needs more memory than there is.
+    """
+    try:
+        yield
     except BadInput as error:
         discard(folder)
-        raise BadInput(f"{scenario}: {error}") from None
+        raise BadInput(f"{given}: {error}") from None
     except RuntimeError as error:
         if "allocate" not in str(error):  # torch has no error of its own for this on a CPU
             raise
         discard(folder)
-        raise BadInput(f"{scenario}: does not fit in the memory of {device}; lower data.batch or [model]") from None
+        raise BadInput(f"{given}: does not fit in the memory of {device}; lower data.batch or [model]") from None
+
+
+def tell(outcome: Outcome, *, as_json: bool) -> None:
+    """Print what a scenario showed."""
     if "tools_set_aside" in outcome.facts:
         click.echo(f"lab: set aside, since it raised: {outcome.facts['tools_set_aside']}", err=True)
     if as_json:
         print_json(outcome.to_dict())
-    else:
-        from rich.console import Console
+        return
+    from rich.console import Console
 
-        from lab.cli.report import print_outcome
+    from lab.cli.report import print_outcome
 
-        print_outcome(outcome, Console())
-    return 0 if outcome.as_expected else 1
+    print_outcome(outcome, Console())
+
+
+def asked(scenario: str | None, seed: int | None, steps: int | None) -> tuple[str, Scenario]:
+    """Return the scenario that was asked for, with its name.
+
+    Raises:
+        BadInput: None was, or there is none of that name.
+    """
+    from lab.scenario import load_scenario
+
+    if scenario is None:
+        raise BadInput("give a scenario: lab list scenarios")
+    name, loaded = load_scenario(scenario)
+    changes = {key: value for key, value in (("seed", seed), ("steps", steps)) if value is not None}
+    return name, loaded.model_copy(update=changes)
+
+
+def checked(scenario: Scenario, plugins: tuple[str, ...], where: str) -> Catalogue:
+    """Return the catalogue, in which all that a scenario names exists: checked before torch is imported.
+
+    Raises:
+        BadInput: Something does not.
+    """
+    from lab.scenario import check_names, make_faults
+
+    catalogue = load_catalogue(plugins)
+    check_names(scenario, catalogue, where)
+    make_faults(scenario, catalogue, where)
+    return catalogue
+
+
+def run_blind(
+    project: str, seed: int, steps: int | None, out: Path | None, device: str, plugins: tuple[str, ...]
+) -> int:
+    """Run a drawn scenario with every probe and without a rule, and say where it is kept.
+
+    Raises:
+        BadInput: There is no such project, or nothing to draw from.
+    """
+    from lab.catalogue import Catalogue
+    from lab.errors import nearest
+    from lab.learn.blind import draw, seal, shown
+    from lab.projects import PROJECTS
+    from lab.scenario import make_faults
+
+    known = [each.id for each in PROJECTS]
+    if project and project not in known:
+        raise BadInput(f"--project {project}: no such project{nearest(project, known)}")
+    catalogue = load_catalogue(plugins)
+    name, scenario = draw(project, seed, catalogue)
+    scenario = scenario.model_copy(update={"steps": steps or scenario.steps})
+    faults = make_faults(scenario, catalogue, "blind")
+    folder = out or new_name("blind", seed)
+    from lab.runtime.run import find_device, run_once
+    from lab.runtime.start import with_start
+
+    place = find_device(device)
+    scenario = with_start(scenario)
+    # Without rules and causes nothing is found, and nothing that names the fault is written.
+    unjudged = Catalogue(catalogue.faults, catalogue.probes, catalogue.plugins, asked=catalogue.asked)
+    tools = list(catalogue.plugins.values())
+    run_once("blind", scenario, unjudged, folder, faults, place, tools, shown=shown(scenario))
+    seal(folder, name, scenario)
+    click.echo(f"Something may be wrong with this run, or nothing. It is kept in {folder}.")
+    click.echo(f"Look at it:   lab board {folder}")
+    click.echo(f"Then say:     lab answer {folder} --cause ID --at PLACE --evidence METRIC   (or --hint, or --give-up)")
+    return 0
 
 
 def stopped(

@@ -141,17 +141,21 @@ def run_once(
     tools: Sequence[Plugin | type[Plugin]],
     *,
     resume: bool = False,
+    shown: Scenario | None = None,
 ) -> tuple[Diagnosis, History]:
-    """Run one training, watched, in this process or in several; see `run_scenario`."""
+    """Run one training, watched, in this process or in several; see `run_scenario`.
+
+    `shown` is what may be written down of it, where its faults are to stay hidden.
+    """
     resume = resume and (folder / METRICS).exists()
     if resume and "ended" in (history := read_history(folder / METRICS)).facts:
         return diagnose(history, catalogue), history
     if not resume:
         new_folder(folder)
-        dumped = scenario.model_dump(by_alias=True, exclude_none=True)
+        dumped = (shown or scenario).model_dump(by_alias=True, exclude_none=True)
         write_run_file(folder, name, dumped, scenario.seed, plugins=catalogue.asked, use=used())
     if scenario.train.ranks == 1:
-        diagnosis, run = train(scenario, catalogue, folder, faults, tools, device=device, resume=resume)
+        diagnosis, run = train(scenario, catalogue, folder, faults, tools, device=device, resume=resume, shown=shown)
         return diagnosis, run.history
     find_start(scenario, train_start)  # once, before several processes look for it
     launch(scenario, catalogue, folder, device=str(device), tools=[*map(plugin_id, tools)], resume=resume)

@@ -40,6 +40,7 @@ def train(
     device: torch.device | None = None,
     resume: bool = False,
     team: Team | None = None,
+    shown: Scenario | None = None,
 ) -> tuple[Diagnosis, Run]:
     """Train as a scenario says, watched, and diagnose.
 
@@ -52,6 +53,7 @@ def train(
         device: Where the model lives; the CPU if None.
         resume: Whether to go on from the checkpoint in the folder, or from step 0 where there is none yet.
         team: What makes of this process one of several.
+        shown: What plugins may know of the scenario, where its faults are to stay hidden.
 
     Raises:
         BadInput: What the scenario asks for cannot be built, or the checkpoint is damaged.
@@ -64,7 +66,7 @@ def train(
         path = folder / CHECKPOINT
         resumed = load_checkpoint(path) if path.is_file() else {}
     manager = Manager()
-    run = Run(folder, manager, seed=scenario.seed, steps=scenario.steps, device=device, config=scenario)
+    run = Run(folder, manager, seed=scenario.seed, steps=scenario.steps, device=device, config=shown or scenario)
     session = Session(run, catalogue, agree=team.agree if team else bool)
     chosen = catalogue.probes if scenario.probes is None else {p: catalogue.probes[p] for p in scenario.probes}
     try:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from lab.projects.decoder.component import Decoder
 
+FARTHEST = 80.0  # nats; the exponential of a float32 overflows at 88.7
+
 
 def token_log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:  # [B T V], [B T] -> [B T]
     """The log-probability of each target, at least in float32; 0 where the target is ignored."""
@@ -134,8 +136,9 @@ def kl_estimate(policy: Tensor, reference: Tensor) -> Tensor:  # [B T], [B T] ->
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:  # [G N] -> [G N]
     """Each reward against the others of its group: less their mean, over their standard deviation (GRPO).
 
-    The standard deviation is that of the group itself, over N. A group whose rewards are all equal teaches nothing:
-    its advantages are exactly 0, where the rounding of the mean, over a standard deviation of rounding, would not be.
+    The standard deviation is that of the group itself, over N and not N - 1: no larger population is estimated, the
+    mean square is 1 for every N, and a group of one has 0 rather than 0 / 0. A group whose rewards are all equal
+    teaches nothing: its advantages are exactly 0, where rounding over a deviation of rounding would not be.
     """
     away = rewards - rewards.mean(dim=-1, keepdim=True)
     advantages: Tensor = away / (away.square().mean(dim=-1, keepdim=True).sqrt() + eps)
@@ -157,6 +160,8 @@ def policy_loss(
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # [B 1]
-    ratio = (new - old).where(present, torch.zeros_like(new)).exp()  # [B T]
+    moved = (new - old).where(present, torch.zeros_like(new))  # [B T]
+    # An infinite ratio has no gradient of 0 beyond the clip, but 0 x inf = NaN.
+    ratio = moved.clamp_max(FARTHEST).exp()  # [B T]
     worse = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)  # [B T]
-    return -(worse * present).sum() / present.sum().clamp_min(1)
+    return -worse.where(present, torch.zeros_like(worse)).sum() / present.sum().clamp_min(1)

@@ -104,6 +104,11 @@ def smallest_plain_kl(seed: int) -> float:
     return float((normal(seed, 100, 100) - normal(seed + 1, 100, 100)).min())
 
 
+@measure("mean of a group's advantages; 0 but for rounding")
+def advantages_mean(seed: int) -> float:
+    return float(group_advantages(normal(seed, 1, 64, scale=7.0)).mean())
+
+
 @measure("standard deviation of a group's advantages; 1")
 def advantages_std(seed: int) -> float:
     return float(group_advantages(normal(seed, 1, 64, scale=7.0)).std(correction=0))

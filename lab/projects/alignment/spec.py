@@ -110,6 +110,11 @@ def an_answer_is_the_sum_of_its_tokens(built: Built, seed: int, rows: int, lengt
     gradients(lambda z: built.sequence_log_probability(z, targets), logits)
 
 
+def _storages(module: torch.nn.Module) -> set[int]:
+    """Where the parameters and buffers of a module lie in memory."""
+    return {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+
+
 @prop("The reference shares memory with the model, or can be trained: copy it deeply, freeze it, and set eval mode.")
 def the_reference_is_frozen(built: Built) -> None:
     model = _decoder(0).train()
@@ -120,6 +125,10 @@ def the_reference_is_frozen(built: Built) -> None:
     holds(all(p.requires_grad for p in model.parameters()), "the model's own parameters no longer require a gradient")
     holds(not any(m.training for m in reference.modules()), "the reference is in training mode: dropout would draw")
     holds(all(m.training for m in model.modules()), "the model itself was put into evaluation mode")
+    counted = torch.nn.BatchNorm1d(2)  # has buffers, which move without a gradient
+    for each, other in ((model, reference), (counted, built.frozen_copy(counted))):
+        shared = _storages(each) & _storages(other)
+        holds(not shared, f"{len(shared)} tensors of the reference lie where the model's own do")
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
@@ -166,6 +175,11 @@ def each_row_ends_where_it_ends(built: Built) -> None:
     holds(seen[-1] == "reward", f"the last site tapped is {seen[-1]}; expected the reward")
     holds("decoder.norm.out" in seen, "the reward does not pass the decoder's last norm")
     holds("decoder.head.out" not in seen, "the decoder's head computes logits that nobody reads")
+    own = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("decoder."))
+    holds(own in (8, 9), f"the head has {own} parameters; one score of a stream of width 8 takes 8, and 1 for a bias")
+    model(tokens, lengths).square().sum().backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None and name != "decoder.head.weight"]
+    holds(not still, f"no gradient reaches {still[0] if still else 'it'}: the whole body must learn")
     _refuses(lambda: model(tokens, torch.tensor([0, 6, 3, 2])), "a length of 0")
     _refuses(lambda: model(tokens, torch.tensor([1, 7, 3, 2])), "a length of 7 in rows of 6")
 
@@ -318,6 +332,12 @@ def the_ratio_is_clipped_where_it_would_gain(built: Built, moved: float, advanta
     (grad,) = torch.autograd.grad(loss, leaf)
     gains = (ratio > 1 + clip and advantage > 0) or (ratio < 1 - clip and advantage < 0)
     near(float(grad), 0.0 if gains else -ratio * advantage, 1e-12, f"its gradient at a ratio of {ratio:.3g}")
+    for gain in (0.0, 0.5):
+        far = torch.zeros(1, 1, requires_grad=True)
+        loss = built.policy_loss(far, torch.full((1, 1), -1e3), torch.tensor([gain]), present, clip=clip)
+        near(float(loss.detach()), -(1 + clip) * gain, 1e-6, f"the loss 1000 nats away with an advantage of {gain:g}")
+        (grad,) = torch.autograd.grad(loss, far)
+        near(float(grad), 0.0, 0.0, f"its gradient 1000 nats away with an advantage of {gain:g}")
 
 
 @prop("Padding counts in the policy loss: mask it before the exponential, and divide by the number of present tokens.")
@@ -332,6 +352,12 @@ def absent_tokens_have_no_influence(built: Built) -> None:
         (grad,) = torch.autograd.grad(again, other)
         holds(torch.isfinite(grad).all(), f"the gradient is not finite with {value:g} where no token is")
         holds((grad[~present] == 0).all(), "an absent token has a gradient")
+    unknown = advantages[:, None].expand(3, 4).masked_fill(~present, math.nan)
+    leaf = new.clone().requires_grad_()
+    again = built.policy_loss(leaf, old, unknown, present)
+    equal(again.detach(), loss, "the loss with advantages of NaN where no token is")
+    (grad,) = torch.autograd.grad(again, leaf)
+    holds(torch.isfinite(grad).all(), "the gradient is not finite with advantages of NaN where no token is")
     none = built.policy_loss(new, old, advantages, torch.zeros_like(present))
     near(float(none), 0.0, 0.0, "the loss where no token is present")
 

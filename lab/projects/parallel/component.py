@@ -1,8 +1,8 @@
-"""Project 19: computing in parts: tiles, ranks, recomputation, fewer bits, and work done ahead.
+"""Project 19: computing in parts: tiles, ranks, recomputation, loss scaling, batches ahead, and what bounds the time.
 
 Milakov and Gimelshein, 2018, and Dao et al., 2022 (tiled attention); Shoeybi et al., 2019 (tensor parallel layers);
 Chen et al., 2016 (recomputation); Micikevicius et al., 2018 (loss scaling); Amdahl, 1967; Williams et al., 2009
-(roofline).
+(roofline). A sum over the ranks is called by every rank, in the same order, or all of them wait for ever.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lab.errors import BadInput
+from lab.projects.activations.component import gelu
 from lab.sites import Component
 
 if TYPE_CHECKING:
@@ -30,79 +32,122 @@ T = TypeVar("T")
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, *, tile: int = 64, causal: bool = True) -> Tensor:
-    """Attention that never holds more than a tile of the scores: a running softmax (Dao et al., 2022, algorithm 1).
-
-    For each tile of queries it passes over the tiles of keys, and keeps the largest score so far, the sum of
-    exponentials below it, and the weighted sum of values. When a larger score appears, both sums are scaled down.
+    """Attention that holds no more scores than those of one tile of keys, forward or backward.
 
     Args:
         q: [B H T D].
         k: [B H S D].
         v: [B H S D].
-        tile: How many queries, and how many keys, meet at once.
-        causal: Whether query t sees the keys s <= t + S - T only. Tiles that are hidden as a whole are skipped.
+        tile: How many keys all queries meet at once.
+        causal: Whether the queries are the last T of S positions, and see none that is later than their own.
 
     Returns:
-        [B H T D], in the dtype of q; the sums are kept at least in float32. A query that sees nothing gives 0.
+        [B H T D], in the dtype of q. The statistics are float32 at least. A query that may see nothing gives 0.
 
     Raises:
-        BadInput: The tile is below 1.
+        BadInput: The tile is below 1, or the shapes do not fit each other.
     """
     if tile < 1:
-        raise BadInput(f"a tile of {tile} queries; it must be at least 1")
-    ahead = k.shape[-2] - q.shape[-2]  # how many keys stand before the first query's own
-    starts = range(0, q.shape[-2], tile)
-    return torch.cat([_attend(q[..., i : i + tile, :], k, v, i + ahead if causal else None, tile) for i in starts], -2)
+        raise BadInput(f"a tile of {tile} keys; it takes at least 1")
+    alike = q.dim() == 4 and k.shape == v.shape and (*q.shape[:2], k.shape[-2], q.shape[-1]) == k.shape
+    if not alike:
+        shapes = f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
+        raise BadInput(f"{shapes}: expected [B H T D] and twice [B H S D]")
+    out: Tensor = _Tiled.apply(q, k, v, tile, causal)  # type: ignore[no-untyped-call]
+    return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, place: int | None, tile: int) -> Tensor:  # -> [B H t D]
-    """One tile of queries, the first of which stands at `place` among the keys; None sees all."""
-    exact = torch.promote_types(q.dtype, torch.float32)
-    q_scaled = q.to(exact) * q.shape[-1] ** -0.5
-    top = q_scaled.new_full((*q.shape[:-1], 1), torch.finfo(exact).min)  # [B H t 1]
-    total, mixed = torch.zeros_like(top), q_scaled.new_zeros(*q.shape[:-1], v.shape[-1])
-    last = k.shape[-2] if place is None else min(k.shape[-2], place + q.shape[-2])
-    for j in range(0, last, tile):
-        scores = q_scaled @ k[..., j : j + tile, :].to(exact).mT  # [B H t s]
-        if place is not None and j + tile > place:
-            rows = torch.arange(place, place + q.shape[-2], device=q.device)[:, None]  # [t 1]
-            hidden = torch.arange(j, j + scores.shape[-1], device=q.device) > rows  # [t s]
-            scores = scores.masked_fill(hidden, -math.inf)
-        higher = torch.maximum(top, scores.detach().amax(dim=-1, keepdim=True))  # no gradient: it cancels
-        shrink, weights = (top - higher).exp(), (scores - higher).exp()  # [B H t 1], [B H t s]
-        total = total * shrink + weights.sum(dim=-1, keepdim=True)
-        mixed = mixed * shrink + weights @ v[..., j : j + tile, :].to(exact)
-        top = higher
-    attended: Tensor = mixed / total.clamp_min(torch.finfo(exact).tiny)
-    return attended.to(q.dtype)
+class _Tiled(torch.autograd.Function):
+    """A running softmax over the tiles. Backward computes the weights of each again: none is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tile: int, causal: bool) -> Tensor:
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scaled = q.to(exact) * q.shape[-1] ** -0.5  # [B H T D]
+        top = torch.full_like(scaled[..., :1], -math.inf)  # [B H T 1], the largest score so far
+        total, mixed = torch.zeros_like(top), torch.zeros_like(scaled)  # the sums below it, of weights and of values
+        for first, keys in _tiles(q.shape[-2], k.shape[-2], tile, causal=causal):
+            scores = _scores(scaled, k, first, keys, causal=causal)  # [B H t s]
+            higher = torch.maximum(top[..., first:, :], scores.amax(dim=-1, keepdim=True))  # [B H t 1]
+            shrink = (top[..., first:, :] - higher).exp()  # of what was summed below the old maximum
+            weights = scores.sub_(higher).exp_()  # [B H t s]
+            total[..., first:, :].mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
+            mixed[..., first:, :].mul_(shrink).add_(weights @ v[..., keys, :].to(exact))
+            top[..., first:, :] = higher
+        out = (mixed / total.clamp_min(torch.finfo(exact).tiny)).to(q.dtype)  # [B H T D]
+        ctx.save_for_backward(q, k, v, out, top + total.log())  # the last is logsumexp of the scores, [B H T 1]
+        ctx.tile, ctx.causal = tile, causal
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sum = ctx.saved_tensors
+        exact, scale = log_sum.dtype, q.shape[-1] ** -0.5
+        scaled, grad = q.to(exact) * scale, grads[0].to(exact)  # [B H T D]
+        along = (grad * out).sum(dim=-1, keepdim=True)  # [B H T 1], the same for all tiles: sum_s p_s dp_s
+        dq, dk, dv = torch.zeros_like(scaled), torch.empty_like(k), torch.empty_like(v)
+        for first, keys in _tiles(q.shape[-2], k.shape[-2], ctx.tile, causal=ctx.causal):
+            scores, seen = _scores(scaled, k, first, keys, causal=ctx.causal), grad[..., first:, :]
+            weights = scores.sub_(log_sum[..., first:, :]).exp_()  # [B H t s], normalised
+            inward = (seen @ v[..., keys, :].to(exact).mT).sub_(along[..., first:, :]).mul_(weights)  # [B H t s]
+            dq[..., first:, :] += inward @ k[..., keys, :].to(exact)
+            dk[..., keys, :] = inward.mT @ scaled[..., first:, :]
+            dv[..., keys, :] = weights.mT @ seen
+        return (dq * scale).to(q.dtype), dk, dv, None, None
 
 
-class _Copy(torch.autograd.Function):
-    """The identity forward, a sum over the ranks backward."""
+def _tiles(t: int, s: int, tile: int, *, causal: bool) -> Iterator[tuple[int, slice]]:
+    """The tiles of keys, each with the first query that sees any of it. Those before it are skipped."""
+    for start in range(0, s, tile):
+        yield max(0, start + t - s) if causal else 0, slice(start, min(start + tile, s))
 
+
+def _scores(scaled: Tensor, k: Tensor, first: int, keys: slice, *, causal: bool) -> Tensor:  # -> [B H t s]
+    """The scores of the queries from `first` on with a tile of keys; -inf where the mask hides one."""
+    scores = scaled[..., first:, :] @ k[..., keys, :].to(scaled.dtype).mT  # [B H t s]
+    if causal:
+        ahead = first + k.shape[-2] - scaled.shape[-2] - keys.start  # query i of these sees key j if j <= i + ahead
+        edge = scores[..., : scores.shape[-1], :]  # the queries after these see all of the tile
+        hidden = torch.ones(edge.shape[-2:], dtype=torch.bool, device=k.device).triu(ahead + 1)
+        edge.masked_fill_(hidden, -math.inf)
+    return scores
+
+
+def copy_to_ranks(x: Tensor) -> Tensor:
+    """Give every rank the same tensor: the identity forward, a sum over the ranks backward. Alone, a no-op."""
+    return x if _alone() else _CopyToRanks.apply(x)  # type: ignore[no-untyped-call]
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Add up what the ranks have: a sum over the ranks forward, the identity backward. Alone, a no-op."""
+    return x if _alone() else _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]
+
+
+class _CopyToRanks(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(_ctx: Any, *grads: Tensor) -> Tensor:
-        return _sum(grads[0])
+        return _summed(grads[0])
 
 
-class _Sum(torch.autograd.Function):
-    """A sum over the ranks forward, the identity backward."""
-
+class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return _sum(x)
+        return _summed(x)
 
     @staticmethod
+    @once_differentiable
     def backward(_ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
 
 
-def _sum(x: Tensor) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
+def _summed(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)  # all_reduce overwrites its argument
     dist.all_reduce(total)
     return total
 
@@ -111,79 +156,79 @@ def _alone() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
-def copy_to_ranks(x: Tensor) -> Tensor:
-    """Hand the same tensor to every rank: its gradient is the sum of theirs. With one rank nothing happens."""
-    return x if _alone() else _Copy.apply(x)  # type: ignore[no-untyped-call]
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Add what the ranks have: each gets the gradient of the sum. With one rank nothing happens."""
-    return x if _alone() else _Sum.apply(x)  # type: ignore[no-untyped-call]
-
-
-def share(size: int, rank: int, world: int) -> slice:
-    """Return the part of an axis that a rank has.
-
-    Raises:
-        BadInput: The axis is no multiple of the number of ranks.
-    """
-    if size % world:
-        raise BadInput(f"a width of {size} is no multiple of {world} ranks")
+def _share(size: int, rank: int, world: int) -> slice:
+    """The part of an axis that belongs to a rank."""
+    if not 0 <= rank < world or size % world:
+        raise BadInput(f"rank {rank} of {world} cannot have a share of {size}; shares are equal, ranks count from 0")
     return slice(rank * size // world, (rank + 1) * size // world)
 
 
 class ColumnParallelLinear(Component):
-    """The rows of a weight [out in] that belong to a rank: it computes its share of the outputs from all inputs.
+    """The rows of a weight that belong to one rank: from all inputs it computes its share of the outputs.
+
+    The weight's transpose, as in ``x W^T``, is cut by columns; hence the name.
 
     Args:
-        weight, bias: Of the whole layer, [out in] and [out].
+        weight: Of the dense layer, [out in].
+        bias: Of the dense layer, [out], or None.
         rank, world: Which share, of how many.
+
+    Raises:
+        BadInput: There is no such rank, or `out` is no multiple of `world`.
     """
 
     SITES = MappingProxyType({"out": "B T F"})
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int, world: int) -> None:
         super().__init__()
-        mine = share(weight.shape[0], rank, world)
-        self.weight = nn.Parameter(weight.detach()[mine].clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach()[mine].clone())
+        mine = _share(weight.shape[0], rank, world)
+        self.world = world
+        self.weight = nn.Parameter(weight.detach()[mine].clone())  # [out/world in]
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[mine].clone())  # [out/world]
 
-    def forward(self, x: Tensor) -> Tensor:  # [B T in] -> [B T out/world]
-        """This rank's outputs; the gradient of the input is summed over the ranks."""
-        return self.tap("out", F.linear(copy_to_ranks(x), self.weight, self.bias))
+    def forward(self, x: Tensor) -> Tensor:  # [... in] -> [... out/world]
+        """This rank's outputs. The gradient of x is the sum of those of all ranks."""
+        x = copy_to_ranks(x) if self.world > 1 else x
+        return self.tap("out", F.linear(x, self.weight, self.bias))
 
 
 class RowParallelLinear(Component):
-    """The columns of a weight [out in] that belong to a rank: it computes a term of all outputs from its inputs.
+    """The columns of a weight that belong to one rank: from its share of the inputs it computes a term of each output.
 
     Args:
-        weight, bias: Of the whole layer, [out in] and [out]. Every rank keeps the whole bias.
+        weight: Of the dense layer, [out in].
+        bias: Of the dense layer, [out], or None. Every rank keeps it whole.
         rank, world: Which share, of how many.
+
+    Raises:
+        BadInput: There is no such rank, or `in` is no multiple of `world`.
     """
 
     SITES = MappingProxyType({"out": "B T C"})
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int, world: int) -> None:
         super().__init__()
-        mine = share(weight.shape[1], rank, world)
-        self.weight = nn.Parameter(weight.detach()[:, mine].clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        mine = _share(weight.shape[1], rank, world)
+        self.world = world
+        self.weight = nn.Parameter(weight.detach()[:, mine].clone())  # [out in/world]
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())  # [out]
 
-    def forward(self, x: Tensor) -> Tensor:  # [B T in/world] -> [B T out]
-        """The sum of all ranks' terms, and the bias once."""
-        y = sum_over_ranks(F.linear(x, self.weight))
+    def forward(self, x: Tensor) -> Tensor:  # [... in/world] -> [... out]
+        """The sum of the terms of all ranks, plus the bias, once."""
+        y = F.linear(x, self.weight)
+        y = sum_over_ranks(y) if self.world > 1 else y
         return self.tap("out", y if self.bias is None else y + self.bias)
 
 
 class ParallelFeedForward(Component):
-    """Column-parallel, GELU, row-parallel: one sum over the ranks forward and one backward (Shoeybi et al., figure 3).
+    """Column, GELU, row: one sum over the ranks forward and one backward (Shoeybi et al., 2019, figure 3a).
 
     Args:
-        up_weight, up_bias, down_weight, down_bias: Of the whole layer: [F C], [F], [C F], [C].
+        up_weight, up_bias, down_weight, down_bias: Of the dense layers: [F C], [F], [C F], [C].
         rank, world: Which share, of how many.
 
     Raises:
-        BadInput: The hidden width F is no multiple of `world`.
+        BadInput: There is no such rank, or the hidden width F is no multiple of `world`.
     """
 
     SITES = MappingProxyType({"hidden": "B T F", "out": "B T C"})
@@ -203,124 +248,155 @@ class ParallelFeedForward(Component):
         self.down = RowParallelLinear(down_weight, down_bias, rank=rank, world=world)
 
     def forward(self, x: Tensor) -> Tensor:  # [B T C] -> [B T C]
-        """Each rank computes its share of the hidden layer."""
-        hidden = self.tap("hidden", F.gelu(self.up(x)))  # [B T F/world]
-        return self.tap("out", self.down(hidden))
-
-
-class _Recompute(torch.autograd.Function):
-    """Keeps the inputs instead of what is between them and the output."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], _anchor: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.function, ctx.state = function, torch.get_rng_state()
-        ctx.save_for_backward(*inputs)
-        with torch.no_grad():
-            return function(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        inputs = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.state)  # the same dropout as the first time
-            output = ctx.function(*inputs)
-        torch.autograd.backward(output, grads[0])
-        return (None, None, *(x.grad for x in inputs))
+        """Each rank computes its share of the hidden layer, which no other needs: GELU acts on entries."""
+        hidden = self.tap("hidden", gelu(self.up(x)))  # [B T F/world]
+        return self.tap("out", self.down(hidden))  # [B T C]
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Call a function and keep only its inputs; the backward pass calls it again, with the same random numbers.
+    """Call a function, keep only its inputs, and call it again in the backward pass.
 
-    Costs one more forward pass and saves what the function would have kept. Parameters used inside get gradients.
+    The second call draws the same random numbers on the CPU, and runs under the same autocast. Parameters used inside
+    receive their gradients in ``.grad``: this is for ``backward()``, and not for ``torch.autograd.grad`` of parameters.
+
+    Args:
+        function: Of the inputs. It must compute the same when it is called again: what it changes, it changes twice.
+        inputs: Tensors; those that need no gradient get none.
     """
-    # An output has a graph only if an input has one; the parameters inside the function may be all there is.
-    anchor = torch.ones((), requires_grad=True)
+    # A result has a graph only if an argument has one; the parameters inside may be all there is to learn.
+    anchor = torch.empty(0, requires_grad=True)
     output: Tensor = _Recompute.apply(function, anchor, *inputs)  # type: ignore[no-untyped-call]
     return output
 
 
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], _anchor: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.function, ctx.random = function, torch.get_rng_state()
+        ctx.cast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)  # no graph: autograd is off inside a Function
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", *ctx.cast):
+            torch.set_rng_state(ctx.random)
+            output = ctx.function(*inputs)
+        if output.requires_grad:
+            torch.autograd.backward(output, grads[0])
+        return (None, None, *(x.grad for x in inputs))
+
+
 class LossScaler:
-    """Multiplies the loss so that small gradients do not vanish in float16, and finds a factor that fits.
+    """A factor on the loss that lifts small gradients into the range of float16, as large as no gradient overflows.
+
+    Parameters should be float32: gradients are unscaled where they are, and in float16 they would vanish again.
 
     Args:
         scale: The first factor.
-        growth: By what it grows after `every` good steps in a row.
-        backoff: By what it shrinks when a gradient is not finite; that step is left out.
+        growth: What it is multiplied by after `every` steps in a row without an overflow.
+        backoff: What it is multiplied by after an overflow.
         every: See `growth`.
+
+    Raises:
+        BadInput: Unless scale > 0, growth >= 1, 0 < backoff < 1 and every >= 1.
     """
 
     def __init__(self, scale: float = 2.0**16, growth: float = 2.0, backoff: float = 0.5, every: int = 2000) -> None:
+        if not (0 < scale < math.inf and 1 <= growth < math.inf and 0 < backoff < 1 and every >= 1):
+            raise BadInput(f"a scale of {scale}, growth {growth}, backoff {backoff}, every {every}: out of range")
         self.scale, self.growth, self.backoff, self.every = scale, growth, backoff, every
-        self.good = 0
+        self.good = 0  # steps in a row without an overflow
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """The loss times the factor: call backward on this."""
+        """Multiply: call ``backward()`` on what is returned."""
         return loss * self.scale
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer) -> bool:
-        """Divide the gradients by the factor and let the optimiser step, unless one is not finite; choose the next.
+        """Unscale the gradients, let the optimiser step unless one is not finite, and choose the next factor.
+
+        Clip and log gradients after this factor is divided out, not before.
 
         Returns:
             Whether the optimiser stepped.
         """
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = all(bool(torch.isfinite(grad).all()) for grad in grads)
-        if not finite:
-            self.scale *= self.backoff
-            self.good = 0
-            return False
         for grad in grads:
             grad.div_(self.scale)
-        optimizer.step()
-        self.good += 1
-        if self.good == self.every:
-            self.scale *= self.growth
-            self.good = 0
-        return True
+        finite = all(bool(grad.isfinite().all()) for grad in grads)
+        if finite:
+            optimizer.step()
+        self._update(finite=finite)
+        return finite
+
+    def _update(self, *, finite: bool) -> None:
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale *= self.backoff
+        elif self.good == self.every:
+            self.scale, self.good = self.scale * self.growth, 0
 
 
-def amdahl(share_of_time: float, speedup: float) -> float:
-    """How much faster the whole gets when this share of its time gets `speedup` times as fast (Amdahl, 1967)."""
-    return 1 / ((1 - share_of_time) + share_of_time / speedup)
+def amdahl(share: float, speedup: float) -> float:
+    """Return how many times as fast the whole is when this share of its time becomes `speedup` times as fast.
+
+    Raises:
+        BadInput: The share is not in [0, 1], or the speed-up is not above 0.
+    """
+    if not (0 <= share <= 1 and speedup > 0):
+        raise BadInput(f"a share of {share} of the time, {speedup} times as fast; expected 0 to 1, and above 0")
+    left = (1 - share) + share / speedup
+    return 1 / left if left else math.inf
 
 
-def intensity(flops: float, size: float) -> float:
-    """FLOPs per byte moved."""
-    return flops / size
+def intensity(flops: float, bytes: float) -> float:  # noqa: A002 - what the roofline model calls it
+    """Return the FLOPs for each byte that is moved; infinite where none is."""
+    return flops / bytes if bytes else math.inf
 
 
-def roofline(flops: float, size: float, *, peak_flops: float, peak_bytes: float) -> float:
-    """The least seconds for work of `flops` that moves `size` bytes, on a machine of these peaks per second."""
-    return max(flops / peak_flops, size / peak_bytes)
+def roofline(flops: float, bytes: float, *, peak_flops: float, peak_bytes: float) -> float:  # noqa: A002
+    """Return the seconds that work takes at least: of computing and moving, the slower one.
+
+    Raises:
+        BadInput: An amount is below 0, or a peak (per second) is not above 0.
+    """
+    if not (flops >= 0 and bytes >= 0 and peak_flops > 0 and peak_bytes > 0):
+        raise BadInput(f"{flops} FLOPs at {peak_flops} a second, {bytes} bytes at {peak_bytes} a second")
+    return max(flops / peak_flops, bytes / peak_bytes)
 
 
 def batches_ahead(make: Callable[[int], T], count: int, *, workers: int = 1, ahead: int = 2) -> Iterator[T]:
-    """Yield ``make(0)`` to ``make(count - 1)`` in order, while threads prepare those that come next.
+    """Yield ``make(0)`` to ``make(count - 1)`` in order, while threads make those that come next.
 
-    Never more than `ahead` are waiting or being made beyond the one that was taken. An error of `make` is raised in
-    its place; when the taker stops early, what is begun is finished and nothing more is begun.
+    Of those that are begun, never more than ``workers + ahead`` are not yet taken. What `make` raises is raised at its
+    place. When the taker stops, batches that are begun are finished, no other is begun, and the threads end.
 
     Args:
-        make: Makes one batch from its index. Called by several threads at once if `workers` is above 1.
-        count: How many.
-        workers: Threads.
-        ahead: How many may be prepared before they are asked for, at least 1.
+        make: Called with the index of a batch, by several threads at once if there are several workers.
+        count: How many batches there are.
+        workers: How many threads.
+        ahead: How many batches may lie ready beside those that are being made.
 
     Raises:
-        BadInput: `workers` or `ahead` is below 1.
+        BadInput: A number is below 0, or there is no worker.
     """
-    if workers < 1 or ahead < 1:
-        raise BadInput(f"{workers} workers and {ahead} batches ahead; both must be at least 1")
+    if workers < 1 or min(count, ahead) < 0:
+        raise BadInput(f"{count} batches by {workers} workers, {ahead} ahead: expected at least 0, 1 and 0")
+    return _in_order(make, count, workers, workers + ahead)
+
+
+def _in_order(make: Callable[[int], T], count: int, workers: int, most: int) -> Iterator[T]:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
     waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
-        try:
-            for index in range(count):
-                waiting.append(pool.submit(make, index))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    begun = 0
+    try:
+        for _ in range(count):
+            while begun < count and len(waiting) < most:
+                waiting.append(pool.submit(make, begun))
+                begun += 1
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
