@@ -179,7 +179,7 @@ def measures(module: ModuleType) -> list[Measure]:
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
     """Draw standard normal numbers, times `scale`, by a generator of their own."""
     draw = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=draw, dtype=torch.float64)).to(dtype)
+    return (scale * torch.randn(shape, generator=draw, dtype=torch.float64)).to(dtype)
 
 
 def holds(condition: bool | Tensor, text: str) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lab.spec import Mismatch, equal
+from lab.spec import Mismatch, equal, normal
 
 
 @pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
@@ -22,3 +22,9 @@ def test_nan_or_infinity_where_a_number_should_be_is_the_worst_gap() -> None:
     for wrong in (math.nan, math.inf):
         with pytest.raises(Mismatch, match=r"at \[1\] is (nan|inf), expected 1"):
             equal(torch.tensor([0.0, wrong, 9.0]), torch.tensor([0.0, 1.0, 2.0]))
+
+
+def test_normal_draws_a_number_as_well_as_a_tensor() -> None:
+    assert normal(0).shape == ()
+    assert normal(0, 2, 3).shape == (2, 3)
+    assert float(normal(0)) == float(normal(0, 1)[0])

@@ -151,7 +151,7 @@ class Text:
         self._splits = {split: torch.tensor(tokenizer.encode(text)) for split, text in splits.items()}
         self._size, self._context, self._seed = batch, context, seed
         rest = len(self._splits["held-out"])
-        if rest <= context + 1:
+        if min(map(len, self._splits.values())) <= context + 1:  # merges may shorten a repetitive text a lot
             need = 10 * (context + 2)
             found = sum(len(tokens) for tokens in self._splits.values())
             kind = "characters" if isinstance(tokenizer, Characters) else "tokens"

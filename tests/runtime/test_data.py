@@ -310,3 +310,28 @@ def test_a_misspelt_source_is_answered_with_the_nearest() -> None:
 def test_a_character_that_the_text_does_not_have_is_refused() -> None:
     with pytest.raises(BadInput, match=r"'z' does not occur"):
         source("arithmetic").encode("1+z")
+
+
+@pytest.mark.parametrize("kind", ["characters", "bytes", "bpe"])
+def test_a_tokenizer_gives_the_text_back(kind: str, tmp_path: Path) -> None:
+    text = "for each of the words of a text, déjà vu, 12 + 30 = 42\n" * 40
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    section = DataSection(source=str(tmp_path / "text.txt"), tokenizer=kind, merges=40, batch=2)
+    source = make_source(section, 8, 0)
+    assert source.decode(source.encode("a text, déjà vu")) == "a text, déjà vu"
+    assert max(int(source.batch(step, "train").args[0].max()) for step in range(20)) < source.vocabulary
+
+
+def test_merges_are_learned_from_the_training_part_alone(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("ab" * 900 + "xy" * 100, encoding="utf-8")
+    section = DataSection(source=str(tmp_path / "text.txt"), tokenizer="bpe", merges=2, batch=2)
+    source = make_source(section, 8, 0)
+    assert len(source.encode("xy" * 10)) == 20
+    assert len(source.encode("ab" * 10)) < 20
+
+
+def test_a_text_that_merges_make_too_short_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("ab" * 2000, encoding="utf-8")
+    section = DataSection(source=str(tmp_path / "text.txt"), tokenizer="bpe", merges=200, batch=2)
+    with pytest.raises(BadInput, match="tokens; a context of"):
+        make_source(section, 512, 0)
