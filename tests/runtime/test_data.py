@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
@@ -313,7 +313,7 @@ def test_a_character_that_the_text_does_not_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["characters", "bytes", "bpe"])
-def test_a_tokenizer_gives_the_text_back(kind: str, tmp_path: Path) -> None:
+def test_a_tokenizer_gives_the_text_back(kind: Literal["characters", "bytes", "bpe"], tmp_path: Path) -> None:
     text = "for each of the words of a text, déjà vu, 12 + 30 = 42\n" * 40
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     section = DataSection(source=str(tmp_path / "text.txt"), tokenizer=kind, merges=40, batch=2)
