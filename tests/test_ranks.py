@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import tempfile
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 import psutil
@@ -12,18 +16,22 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lab.errors import BadInput
 from lab.ranks import together
 from lab.spec import Mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -70,8 +78,10 @@ def test_the_error_is_that_of_the_rank_that_failed_first() -> None:
         dist.barrier()
 
     for _ in range(3):
-        with pytest.raises(Mismatch, match="the third entry is wrong"):
+        with pytest.raises(Mismatch, match="the third entry is wrong") as caught:
             together(2, work)
+        assert caught.value.lines == ("got 1", "expected 2")
+        assert caught.value.__notes__ == ["on rank 1"]
 
 
 def test_a_stub_says_that_it_is_one() -> None:
@@ -112,3 +122,50 @@ def test_a_rank_that_hangs_is_killed() -> None:
     with pytest.raises(TimeoutError, match="rank 1 did not end within 1 seconds"):
         together(2, work, timeout=1)
     assert time.monotonic() - begun < 10
+
+
+def test_a_rank_that_loops_ends_when_its_parent_was_killed(tmp_path: Path) -> None:
+    def loop(_rank: int) -> None:
+        while True:
+            pass
+
+    parent = os.fork()
+    if parent == 0:
+        together(2, loop, timeout=2)
+        os._exit(0)
+    ranks: list[psutil.Process] = []
+    while len(ranks) < 2:
+        ranks = psutil.Process(parent).children()
+        time.sleep(0.01)
+    time.sleep(0.2)  # until they have set their clock
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    for folder in tmp_path.iterdir():  # who is killed tidies nothing
+        shutil.rmtree(folder)
+    assert not alive
+
+
+def test_groups_do_not_nest() -> None:
+    def work(_rank: int) -> str:
+        try:
+            together(1, lambda rank: rank)
+        except BadInput as error:
+            return str(error)
+        return "nested"
+
+    assert "do not nest" in together(1, work)[0]
+
+
+def test_nothing_is_printed_and_no_one_is_warned(capfd: pytest.CaptureFixture[str]) -> None:
+    def work(rank: int) -> None:
+        warnings.warn("a warning of a rank", stacklevel=1)
+        if rank:
+            raise ValueError("no")
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="no"):
+            together(2, work)
+    assert capfd.readouterr() == ("", "")
+    assert not told
