@@ -38,7 +38,7 @@ class Component(nn.Module):
 
     SITES: ClassVar[Mapping[str, str]] = MappingProxyType({})
     transparent: ClassVar[bool] = False
-    fan_in: ClassVar[int | None] = None
+    fan_in: int | None = None
     _taps: Mapping[str, Tap] = MappingProxyType({})
 
     def tap(self, name: str, value: Tensor) -> Tensor:

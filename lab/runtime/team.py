@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
+from lab.errors import BadInput
 from lab.projects.distributed.component import DataParallel, ShardedAdamW, mean_over_ranks
 from lab.projects.parallel.component import ParallelFeedForward
 from lab.runtime.tasks import Rows
@@ -89,8 +90,14 @@ class Shards(Team):
     """Each process has all of each batch and its share of the feed-forward layers' weights (Shoeybi et al., 2019)."""
 
     def lab_build_model(self) -> Generator[None, nn.Module, nn.Module]:
-        """Cut each feed-forward layer into shares."""
+        """Cut each feed-forward layer into shares.
+
+        Raises:
+            BadInput: The layers are not of the kind that can be cut here.
+        """
         model = yield
+        if self.scenario.model.activation != "gelu" or self.scenario.train.objective in ("masked", "seq2seq"):
+            raise BadInput("train.parallel = 'tensor' cuts the layers of a decoder with model.activation = 'gelu'")
         self.shards: set[int] = set()
         for block in model.get_submodule("blocks").children():
             whole: Any = block.mlp

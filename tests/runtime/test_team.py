@@ -106,6 +106,13 @@ def test_what_a_process_refuses_is_told_in_a_line(tmp_path: Path, catalogue: Cat
     assert (tmp_path / "run" / LOG).is_file()
 
 
+def test_layers_that_cannot_be_cut_are_refused(tmp_path: Path, catalogue: Catalogue) -> None:
+    asked = scenario({"ranks": 2, "parallel": "tensor"})
+    gated = asked.model_copy(update={"model": asked.model.model_copy(update={"activation": "swiglu"})})
+    with pytest.raises(BadInput, match=r"model\.activation = 'gelu'"):
+        run_scenario("gated", gated, catalogue, tmp_path / "run")
+
+
 def test_rows_that_cannot_be_shared_are_refused_before_anything_starts(tmp_path: Path, catalogue: Catalogue) -> None:
     with pytest.raises(BadInput, match=r"data\.batch = 8 is no multiple of train\.ranks = 3"):
         run_scenario("odd", scenario({"ranks": 3}), catalogue, tmp_path / "run")

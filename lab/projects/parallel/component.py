@@ -210,6 +210,7 @@ class RowParallelLinear(Component):
         super().__init__()
         mine = _share(weight.shape[1], rank, world)
         self.world = world
+        self.fan_in = weight.shape[1]  # an output sums all inputs, over the ranks
         self.weight = nn.Parameter(weight.detach()[:, mine].clone())  # [out in/world]
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())  # [out]
 
