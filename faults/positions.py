@@ -1,0 +1,110 @@
+"""Positions that cannot be told apart, and the causes behind it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge
+
+from lab import BadInput, Cause, Fault, fault
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lab import Run
+
+NONE = Cause(
+    id="positions.none",
+    title="Positions are not told apart",
+    must=("positions.same",),
+    module=True,
+    repair="Add the table to the tokens, x = tokens + positions[:T], and index it by torch.arange(T): neither by "
+    "zeros, nor by the number of the row.",
+    refute="The table gives each position another vector.",
+    look="The indices that the table is given, and whether what it returns is used.",
+    source="Vaswani et al., 2017, section 3.5; Gehring et al., 2017",
+)
+
+TRUNCATED = Cause(
+    id="positions.truncated",
+    title="Late positions share one vector",
+    must=("positions.late",),
+    module=True,
+    repair="Make the table as long as the longest sequence, and refuse a longer one rather than clamping its indices.",
+    refute="The last two positions have different vectors.",
+    look="A clamp or a minimum on the indices, and the length of the table.",
+    source="Shaw et al., 2018, section 3.2 (clipped distances)",
+)
+
+OFF_BY_ONE = Cause(
+    id="positions.off_by_one",
+    title="The first two positions share one vector",
+    must=("positions.early",),
+    module=True,
+    repair="Count from 0 without clamping: torch.arange(T), or (mask.cumsum(-1) - 1) where padding stands on the left.",
+    refute="Position 0 and position 1 have different vectors.",
+    look="How the indices are made: a shift by one, and a clamp at 0 that hides it.",
+    source="Hugging Face Transformers: position_ids made from an attention_mask by cumsum",
+)
+
+
+@fault(
+    "positions.none",
+    title="The table of positions gives zeros",
+    cause="positions.none",
+    moves="positions.repeated",
+    repair=NONE.repair,
+)
+class NoPositions(Fault):
+    """Replaces every vector of the table by 0."""
+
+    at: str = "positions"
+
+    def lab_start(self, run: Run) -> None:
+        self.replace(run, f"{self.at}.out", lambda table: table * 0)
+
+
+@fault(
+    "positions.truncated",
+    title="All positions from a limit on are given the same vector",
+    cause="positions.truncated",
+    moves="positions.repeated",
+    repair=TRUNCATED.repair,
+)
+class Truncated(Fault):
+    """Clamps the index of a position to `limit` - 1."""
+
+    at: str = "positions"
+    limit: Annotated[int, Ge(2)] = 32
+
+    def lab_start(self, run: Run) -> None:
+        for site in run.sites.match(f"{self.at}.out"):
+            # The table is a parameter, or a buffer.
+            module = run.model.get_submodule(site.module)
+            longest = max((len(table) for table in (*module.parameters(), *module.buffers())), default=0)
+            if longest <= self.limit:
+                raise BadInput(f"positions.truncated: limit = {self.limit}, but {site.module} has {longest} positions")
+        self.replace(run, f"{self.at}.out", self.change)
+
+    def change(self, table: Tensor) -> Tensor:  # [T C]
+        last = min(self.limit, len(table)) - 1
+        return table[[min(t, last) for t in range(len(table))]]
+
+
+@fault(
+    "positions.off_by_one",
+    title="Each position is given the vector of the one before",
+    cause="positions.off_by_one",
+    moves="positions.repeated",
+    repair=OFF_BY_ONE.repair,
+)
+class OffByOne(Fault):
+    """Gives position t the vector of max(t - 1, 0): the first two share one."""
+
+    at: str = "positions"
+
+    def lab_start(self, run: Run) -> None:
+        self.replace(run, f"{self.at}.out", self.change)
+
+    def change(self, table: Tensor) -> Tensor:  # [T C]
+        return table[[max(t - 1, 0) for t in range(len(table))]]

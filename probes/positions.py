@@ -1,0 +1,100 @@
+"""Are positions told apart?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from lab import History, Run, Site
+
+
+@probe("positions", title="Has each position a vector of its own?", every=10, cost="a sort of one number a position")
+class Positions(Probe):
+    """Looks at each table of positions [T C] as the model uses it.
+
+    Records ``positions.repeated``, the share of the positions whose vector another one has too;
+    ``positions.early`` and ``positions.late``, whether the first two, and the last two, have the same.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._run = run
+        found = [site.name for site in run.sites.match("**.out") if site.axes == ["T", "C"]]
+        if not found:
+            raise NotChecked("no attention in this model is preceded by a table of positions that is a site")
+        for name in found:
+            self.read(run, name, self._see)
+
+    def _see(self, site: Site, table: Tensor) -> None:  # [T C]
+        if table.dim() != 2 or len(table) < 3:
+            return
+        table = table.detach().double()
+        # Equal vectors have equal products; that different ones do too has no measurable chance.
+        weights = torch.linspace(1.0, 2.0, table.shape[1], device=table.device, dtype=table.dtype).sin()
+        same = (table * weights).sum(-1).sort().values.diff() == 0  # [T-1]
+        edge = torch.zeros_like(same[:1])
+        repeated = torch.cat([same, edge]) | torch.cat([edge, same])  # [T]
+        step = self._run.step
+        step.record("positions.repeated", repeated.double().mean(), site.name)
+        step.record("positions.early", (table[0] == table[1]).all().double(), site.name)
+        step.record("positions.late", (table[-1] == table[-2]).all().double(), site.name)
+
+
+def _always(history: History, metric: str) -> Iterator[tuple[str, int, float]]:
+    """Yield the tables of which a metric was above 0 whenever looked at, the step, and the share that is repeated.
+
+    A table may start from zeros, and be told apart by the first updates: two looks after those are asked for.
+    """
+    for site, series in history.each(metric):
+        if (series.steps >= 2).sum() >= 2 and (series.values > 0).all():
+            yield site, int(series.steps[0]), history.last("positions.repeated", site)
+
+
+@rule(
+    "positions.same",
+    title="Positions have different vectors",
+    reads=("positions.repeated",),
+    basis="theory",
+    phase="forward",
+)
+def positions_same(history: History) -> Iterator[Symptom]:
+    """If all have the same, what is added says nothing: attention cannot tell one order of tokens from another."""
+    for site, step, share in _always(history, "positions.repeated"):
+        if share == 1 and (history.series("positions.early", site).values > 0).all():
+            text = f"{site} gives every position the same vector"
+            yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
+
+
+@rule(
+    "positions.late",
+    title="The last positions have vectors of their own",
+    reads=("positions.late",),
+    basis="theory",
+    phase="forward",
+)
+def positions_late(history: History) -> Iterator[Symptom]:
+    """The last two have one vector and the first two have not: the table, or an index into it, ends too early."""
+    for site, step, share in _always(history, "positions.late"):
+        if not (history.series("positions.early", site).values > 0).all():
+            text = f"{site} gives its last positions the same vector; {share:.0%} of all share theirs with another"
+            yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
+
+
+@rule(
+    "positions.early",
+    title="The first positions have vectors of their own",
+    reads=("positions.early",),
+    basis="theory",
+    phase="forward",
+)
+def positions_early(history: History) -> Iterator[Symptom]:
+    """The first two have one vector and the last two have not: indices are shifted, and clamped at 0."""
+    for site, step, share in _always(history, "positions.early"):
+        if not (history.series("positions.late", site).values > 0).all():
+            text = f"{site} gives its first two positions the same vector"
+            yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
