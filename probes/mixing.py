@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from lab import Batch, NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
-    from lab import History, Run, Step
+    from lab import Batch, History, Run, Step
 
 # As for evaluation.random: a device may add in another order. In practice two calls of one shape agree to the bit.
 ROUNDING = 1e-4
@@ -207,7 +208,8 @@ def _picked(batch: Batch, chosen: Tensor) -> Batch:
     def pick(value: Any) -> Any:
         return value[chosen] if torch.is_tensor(value) and value.dim() and len(value) == count else value
 
-    return Batch(tuple(map(pick, batch.args)), {name: pick(value) for name, value in batch.kwargs.items()})
+    kwargs = {name: pick(value) for name, value in batch.kwargs.items()}
+    return replace(batch, args=tuple(map(pick, batch.args)), kwargs=kwargs, targets=None)
 
 
 def _exchanged(batch: Batch, tokens: Tensor, present: Tensor) -> Batch:
@@ -220,7 +222,8 @@ def _exchanged(batch: Batch, tokens: Tensor, present: Tensor) -> Batch:
     now[1] = torch.where(present, was[1], torch.where(row == was[1], tokens.amin(), row))
     now[2] = torch.where(was[2] == tokens.amax(), tokens.amin(), tokens.amax())
     args = tuple(now if value is was else value for value in batch.args)
-    return Batch(args, {name: now if value is was else value for name, value in batch.kwargs.items()})
+    kwargs = {name: now if value is was else value for name, value in batch.kwargs.items()}
+    return replace(batch, args=args, kwargs=kwargs, targets=None)
 
 
 def _ready(history: History) -> None:
