@@ -29,8 +29,8 @@ WRONG_AXIS = Cause(
     id="attention.wrong_axis",
     title="The softmax is taken over the queries",
     must=("attention.columns",),
-    may=("attention.rows", "attention.beside", "causality.leak", "causality.blind"),
-    locate=("attention.columns", "causality.future"),  # what it divides by depends on later queries
+    may=("attention.rows", "attention.beside", "causality.leak", "causality.blind", "mixing.padding*", "generation.*"),
+    locate=("attention.columns", "causality.future", "mixing.padding"),  # what it divides by depends on later queries
     module=True,
     repair="Take the softmax over the keys: softmax(scores, dim=-1) for scores [B H T S].",
     refute="Every row of the pattern sums to 1.",
@@ -42,8 +42,8 @@ MASK_AFTER = Cause(
     id="attention.mask_after_softmax",
     title="The mask is applied after the softmax",
     must=("attention.cut",),
-    may=("attention.rows", "attention.beside", "causality.leak", "causality.blind"),
-    locate=("attention.cut", "causality.future"),  # what it divides by depends on later keys
+    may=("attention.rows", "attention.beside", "causality.leak", "causality.blind", "mixing.padding*", "generation.*"),
+    locate=("attention.cut", "causality.future", "mixing.padding"),  # what it divides by depends on later keys
     module=True,
     repair="Set hidden scores to -inf before the softmax. To multiply the pattern by the mask afterwards leaves hidden "
     "positions in the sum that it was divided by.",
@@ -70,6 +70,7 @@ QK_SWAPPED = Cause(
     id="attention.qk_swapped",
     title="Queries and keys have changed places",
     must=("attention.swapped",),
+    may=("generation.*",),  # a query alone with its cache is multiplied in the order in which all were not
     module=True,
     repair="Multiply queries by keys in this order: q @ k.transpose(-2, -1), so that rows are queries. Check the order "
     "in which one projection is split into q, k and v.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from lab import Cause, Fault, fault, torch
 
@@ -64,3 +64,20 @@ class NonFinite(Fault):
         first = torch.zeros(value.numel(), dtype=torch.bool, device=value.device)
         first[0] = True
         return value.masked_fill(first.view(value.shape), float(self.value))
+
+
+@fault(
+    "numerics.overflow_float16",
+    title="A tensor passes through float16 at a scale at which it overflows",
+    cause="numerics.nonfinite",
+    moves="activation.rms",
+    repair="Compute it in bfloat16 or float32, or divide before the product, not after it: float16 ends at 65504.",
+)
+class OverflowFloat16(Fault):
+    """Rounds the value at a site, `scale` times as large, to float16: what is above 65504 / scale becomes infinite."""
+
+    at: str = field()  # no default: it has to be said where
+    scale: Annotated[float, Gt(0)] = 1.0
+
+    def lab_start(self, run: Run) -> None:
+        self.replace(run, self.at, lambda value: (value * self.scale).half().to(value.dtype) / self.scale)

@@ -29,6 +29,7 @@ TRUNCATED = Cause(
     id="positions.truncated",
     title="Late positions share one vector",
     must=("positions.late",),
+    may=("generation.*",),
     module=True,
     repair="Make the table as long as the longest sequence, and refuse a longer one rather than clamping its indices.",
     refute="The last two positions have different vectors.",
@@ -40,6 +41,7 @@ OFF_BY_ONE = Cause(
     id="positions.off_by_one",
     title="The first two positions share one vector",
     must=("positions.early",),
+    may=("generation.*",),  # with a cache, a clamp at 0 acts on each new position
     module=True,
     repair="Count from 0 without clamping: torch.arange(T), or (mask.cumsum(-1) - 1) where padding stands on the left.",
     refute="Position 0 and position 1 have different vectors.",
@@ -84,6 +86,9 @@ class Truncated(Fault):
             longest = max((len(table) for table in (*module.parameters(), *module.buffers())), default=0)
             if longest <= self.limit:
                 raise BadInput(f"positions.truncated: limit = {self.limit}, but {site.module} has {longest} positions")
+        rows = run.data.batch(0, "train").inputs
+        if rows is not None and rows.shape[-1] <= self.limit:
+            raise BadInput(f"positions.truncated: limit = {self.limit}, but rows have {rows.shape[-1]} tokens")
         self.replace(run, f"{self.at}.out", self.change)
 
     def change(self, table: Tensor) -> Tensor:  # [T C]

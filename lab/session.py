@@ -85,6 +85,7 @@ class Session:
         """Take a last look, diagnose, and tell everyone."""
         run = self.run
         if ended and run.history.last_step >= 0:
+            self._flush(run.step)  # what was recorded after the last step, as by generation
             if not run.step.examined or self._look_again:
                 self._examine(run.step)
                 self._flush(run.step)

@@ -65,9 +65,10 @@ class Causality(Probe):
         ) + 1  # [R]
         with torch.enable_grad(), _Calls(run.model, rows, length, everywhere=everywhere) as calls:
             logits = run.call(batch)
-            if calls.first is None:
+            if not calls.begins:
                 raise NotChecked("no module makes a vector [B T C] of each token")
-            shares = _shares(logits, calls.first, places)
+            found = (_shares(logits, begin, places) for begin in calls.begins)
+            shares = next((share for share in found if share is not None), None)
             if shares is None:
                 raise NotChecked("the output does not depend on the embedding in a way that can be differentiated")
             step.record("causality.future", shares[0])
@@ -79,11 +80,14 @@ class Causality(Probe):
 
 
 class _Calls:
-    """While in the block, notes what goes in and comes out of each module that maps [B T ...] to [B T ...]."""
+    """While in the block, notes what goes in and comes out of each module that maps [B T ...] to [B T ...].
+
+    What does not require a gradient, as in a model of which most is frozen, is exchanged for a copy that does.
+    """
 
     def __init__(self, model: nn.Module, rows: int, length: int, *, everywhere: bool) -> None:
         self.model, self.shape, self.everywhere = model, (rows, length), everywhere
-        self.first: Tensor | None = None
+        self.begins: list[Tensor] = []  # what to differentiate by: the first, and each such copy
         self.made: list[tuple[str, Tensor, Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -97,26 +101,31 @@ class _Calls:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def note(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+        def note(
+            _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+        ) -> Tensor | None:
             went = output[0] if isinstance(output, tuple) and output else output
-            if not self._fits(went):
-                return
-            if self.first is None:
-                self.first = went  # type: ignore[assignment]
-            came = next((value for value in (*args, *kwargs.values()) if self._fits(value)), None)
-            if self.everywhere and came is not None:
-                self.made.append((name, came, went))  # type: ignore[arg-type]
+            if not torch.is_tensor(went) or not self._fits(went):
+                return None
+            if not went.requires_grad and went is output:
+                fresh: Tensor = went.detach().requires_grad_()
+                self.begins.append(fresh)
+                return fresh
+            if not went.requires_grad:
+                return None
+            if not self.begins:
+                self.begins.append(went)
+            came = (v for v in (*args, *kwargs.values()) if torch.is_tensor(v) and self._fits(v) and v.requires_grad)
+            if self.everywhere and (first := next(came, None)) is not None:
+                self.made.append((name, first, went))
+            return None
 
         return note
 
-    def _fits(self, value: object) -> bool:
+    def _fits(self, value: Tensor) -> bool:
         return (
-            torch.is_tensor(value)
-            and value.dim() >= 3
-            and value.is_floating_point()
-            and value.requires_grad
-            and tuple(value.shape[:2]) in (self.shape, self.shape[::-1])
+            value.dim() >= 3 and value.is_floating_point() and tuple(value.shape[:2]) in (self.shape, self.shape[::-1])
         )
 
 

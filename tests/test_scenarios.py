@@ -21,6 +21,15 @@ NOT_THERE = (
     "need not be causal",
     "no positions",
     "padding",
+    "takes no cache",
+    "no cache can be right",
+    "the model's cache is of another kind",
+    "no layer norm and no RMS norm",
+    "there is one process",
+    "no adapter in this model",
+    "no reference in this run",
+    "no form of the cross-entropy",
+    "no cache was found to work with this model",
 )
 # Health is asked on five seeds; of a fault, which takes a twin as well, two are enough here: `lab matrix` varies more.
 RUNS = [(name, seed) for name in NAMES for seed in range(5 if name.startswith("healthy") else 2)]

@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lab.catalogue import parameters
 from lab.projects import PROJECTS
 from lab.runtime.start import with_start
 from lab.scenario import FaultSection, Scenario, load_scenario
@@ -57,12 +58,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Aim:
-    """How a fault is used: its parameters, and where and as what it should be found, as its own scenario says."""
+    """How a fault is used: its parameters, and where and as what it should be found, as its own scenario says.
+
+    Attributes:
+        reach: The pattern of all that it breaks.
+    """
 
     section: FaultSection
     project: str
     cause: str
     at: str
+    reach: str = ""
 
 
 def aims(catalogue: Catalogue) -> dict[str, Aim]:
@@ -72,8 +78,10 @@ def aims(catalogue: Catalogue) -> dict[str, Aim]:
         scenario = load_scenario(name)[1]
         if len(scenario.fault) == 1 and scenario.fault[0].id in catalogue.faults:
             section = scenario.fault[0]
-            cause = catalogue.faults[section.id].info.cause
-            found.setdefault(section.id, Aim(section, scenario.project, cause, scenario.expect.at))
+            fault = catalogue.faults[section.id]
+            reach = section.parameters.get("at", parameters(fault)["at"].default)
+            reach = reach if isinstance(reach, str) else ""
+            found.setdefault(section.id, Aim(section, scenario.project, fault.info.cause, scenario.expect.at, reach))
     return found
 
 

@@ -134,7 +134,8 @@ def _nothing() -> Row:
 def judged(diagnosis: Diagnosis, aim: Aim | None, from_step: int) -> Row:
     """Compare a diagnosis with the fault: was anything found, was its cause named first, in its place, how soon?
 
-    A place is right when it is the one expected, holds it or is held by it. ``located`` is None where none is expected.
+    A place is right when it is the one expected, holds it or is held by it, or is one of several that were broken.
+    ``located`` is None where none is expected.
     """
     first = diagnosis.causes[0] if diagnosis.causes else None
     row: Row = {
@@ -154,5 +155,6 @@ def judged(diagnosis: Diagnosis, aim: Aim | None, from_step: int) -> Row:
         row["delay"] = min(symptom.since for symptom in diagnosis.symptoms) - from_step
     row["named"] = first is not None and first.id == aim.cause
     if aim.at:
-        row["located"] = first is not None and (within(first.at, aim.at) or within(aim.at, first.at))
+        right = first is not None and (within(first.at, aim.at) or within(aim.at, first.at))
+        row["located"] = right or (first is not None and bool(aim.reach) and within(first.at, aim.reach))
     return row

@@ -26,12 +26,20 @@ if TYPE_CHECKING:
     from lab import History, Run, Step
     from lab.catalogue import Catalogue
 
-# These act where there is no causal mask; tests/faults/test_builtin.py tries them, each in a scenario of its own.
-OF_ENCODERS = {"mask.causal_in_encoder", "mask.padding_seen"}
-FAULTS = sorted(discover().faults.keys() - OF_ENCODERS)
+# A small decoder in one process has no place for these; tests/faults/test_builtin.py tries each in its own scenario.
+ELSEWHERE = ("alignment.", "loss.mean_of_means", "mask.causal_in_encoder", "mask.padding_seen", "tuning.")
+FAULTS = [fault for fault in sorted(discover().faults) if not fault.startswith(ELSEWHERE)]
+# These act when the run is built, before there is a step.
+AT_BUILD = ("init.", "norm.eps_huge", "optimizer.missing_parameter", "performance.no_cache")
+LATE = [fault for fault in FAULTS if not fault.startswith(AT_BUILD)]
+# These change what is generated, or how long it takes, and not what is learned.
+BESIDE_TRAINING = ("cache.", "performance.")
+ROUNDS_OTHERWISE = "performance.loop_over_positions"  # smaller products are added up in another order
 # What a fault has to be told, where it has no default.
 NEEDED: dict[str, dict[str, object]] = {
+    "loss.clamped": {"digits": 1},
     "numerics.nonfinite": {"at": "blocks.0.mlp.out"},
+    "numerics.overflow_float16": {"at": "blocks.0.mlp.out", "scale": 1e6},
     "positions.truncated": {"limit": 4},
 }
 
@@ -48,6 +56,10 @@ def tiny(*faults: str, **changes: Any) -> Scenario:
             **changes,
         }
     )
+
+
+def beside_training(fault: str) -> bool:
+    return fault.startswith(BESIDE_TRAINING) and fault != ROUNDS_OTHERWISE
 
 
 @lab.plugin("test.keeper", title="Keeps the run, its losses and its final weights")
@@ -211,15 +223,11 @@ def test_a_healthy_run_after_a_faulty_one_equals_one_before_it_bit_for_bit(
     assert same_losses(before, after)
     assert same_weights(before, after)
     assert differing(seen_before, seen_after) == []
-    assert not same_weights(before, faulty)
+    assert same_weights(before, faulty) == beside_training(fault)
     assert differing(seen_before, seen) != []
 
 
-# These two act when the run is built, before there is a step.
-AT_BUILD = ("init.too_large", "optimizer.missing_parameter")
-
-
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in AT_BUILD])
+@pytest.mark.parametrize("fault", LATE)
 def test_a_fault_that_never_becomes_active_leaves_the_run_bit_identical_to_its_twin(
     once: Callable[..., tuple[Keeper, History]], fault: str
 ) -> None:
@@ -231,14 +239,14 @@ def test_a_fault_that_never_becomes_active_leaves_the_run_bit_identical_to_its_t
     assert differing(seen_by_twin, seen) == []
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in AT_BUILD])
+@pytest.mark.parametrize("fault", LATE)
 def test_a_fault_that_becomes_active_changes_nothing_before_that_step(
     once: Callable[..., tuple[Keeper, History]], fault: str
 ) -> None:
     twin, _ = once(tiny())
     late, _ = once(tiny(fault=[{"id": fault, "from_step": 2, **NEEDED.get(fault, {})}]))
     assert all(map(same, twin.losses[:2], late.losses[:2]))
-    assert not same_weights(twin, late)
+    assert same_weights(twin, late) == beside_training(fault)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -263,7 +271,8 @@ def test_the_symptoms_that_a_cause_names_are_rules_and_the_metrics_that_rules_re
             assert symptom in catalogue.rules or symptom.endswith("*"), (cause.id, symptom)
     _, history = once(tiny())
     for rule in catalogue.rules.values():
-        assert set(rule.reads) <= set(history.metrics), rule.id
+        if not any(probe in history.reasons for probe in catalogue.beside(rule)):  # it has said why it cannot measure
+            assert set(rule.reads) <= set(history.metrics), rule.id
 
 
 def test_what_cannot_be_built_is_said_as_it_was_said(once: Callable[..., tuple[Keeper, History]]) -> None:

@@ -1,0 +1,171 @@
+"""Does each norm normalise? Experiments whose right answers are known, whatever its gain and shift."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from lab import History, Run, Step
+
+NAMED = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
+ROWS = 2
+SCALE = 1024.0  # a power of two: multiplying by it rounds nothing
+# Rounding is allowed for; a token that takes part in the mean of another moves it by much more.
+ROUNDING = 1e-3
+# The largest default of any framework is 1e-3 (Keras); one of PyTorch is 1e-5. Ten times that is no default.
+LARGEST_EPS = 1e-2
+
+
+@probe(
+    "normalisation",
+    title="Does each norm normalise, and each token by itself?",
+    cost="a forward pass on two rows, and four calls of each norm, on examined steps",
+    examines=True,
+)
+class Normalisation(Probe):
+    """Calls each layer norm and RMS norm again, on what it was just given, changed in ways that have a known answer.
+
+    Records ``norm.follows_scale``: how much larger the output is when the input is 1024 times as large (right: 1; the
+    median over the tokens, the shift taken off), ``norm.eps``: the eps that would explain it, and
+    ``norm.other_tokens``: how far an output moves when other tokens are changed, relative to its size (right: 0).
+    """
+
+    def lab_examine(self, run: Run, step: Step) -> None:
+        if step.batch is None or step.batch.inputs is None:
+            raise NotChecked("the batch is not known")
+        norms = {name: module for name, module in run.model.named_modules() if NAMED.search(type(module).__name__)}
+        if not norms:
+            raise NotChecked("no layer norm and no RMS norm in this model")
+        given: dict[str, Tensor] = {}
+        handles = [module.register_forward_hook(_keep(given, name)) for name, module in norms.items()]
+        try:
+            with torch.no_grad():
+                run.call(step.batch.rows(ROWS))
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.no_grad():
+            for name, x in given.items():
+                with contextlib.suppress(RuntimeError):  # channels come first: it is no norm over the last dimension
+                    _experiment(step, name, norms[name], x)
+
+
+def _keep(given: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """Keep the first input [R ... T C] of a norm over its last dimension, and of that alone."""
+
+    def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        if name in given or len(args) != 1 or not torch.is_tensor(args[0]) or not torch.is_tensor(output):
+            return
+        x = args[0]
+        weight = getattr(module, "weight", None)
+        declared = tuple(getattr(module, "normalized_shape", ())) or (tuple(weight.shape) if weight is not None else ())
+        # A norm over several dimensions, or over channels that come first, mixes what it should.
+        if declared != tuple(x.shape[-1:]) or x.dim() < 3 or x.shape[-2] < 3:
+            return
+        if x.is_floating_point() and x.shape == output.shape:
+            # With as many positions as features, a norm over the wrong ones of them would pass for a right one.
+            given[name] = x.detach()[..., :-1, :] if x.shape[-2] == x.shape[-1] else x.detach()
+
+    return hook
+
+
+def _experiment(step: Step, name: str, norm: nn.Module, x: Tensor) -> None:
+    shift = torch.nan_to_num(norm(torch.zeros_like(x)).float())  # 0 / 0, where eps is 0
+    plain = norm(x).float() - shift  # [... T C]
+    larger = norm(x * SCALE).float() - shift
+    squares = plain.square().mean(-1)  # [... T]
+    growth = larger.square().mean(-1) / squares  # of the mean square; NaN where the input is 0
+    eps = x.float().var(-1, correction=0) * (growth - 1) / (1 - growth / SCALE**2).clamp_min(1e-6)
+    step.record("norm.follows_scale", torch.nanmedian(growth).sqrt(), name)
+    step.record("norm.eps", torch.nanmedian(eps), name)
+    # All tokens but the first half of the first row become others.
+    half = x.shape[-2] // 2
+    changed = 3 * x.flip(-1) + 1
+    changed[0, ..., :half, :] = x[0, ..., :half, :]
+    moved = norm(changed).float()[0, ..., :half, :] - (plain + shift)[0, ..., :half, :]
+    size = plain[0, ..., :half, :].square().mean().sqrt()
+    step.record("norm.other_tokens", moved.square().mean().sqrt() / size, name)
+
+
+def _first(history: History, metric: str, name: str) -> tuple[int, float] | None:
+    """Return the first look and its value, of those that are finite."""
+    series = history.series(metric, name).finite
+    return series.first(np.ones(len(series), dtype=bool))
+
+
+def _judged(history: History, metric: str) -> Iterator[str]:
+    names = [name for name in history.sites(metric) if _first(history, metric, name)]
+    if not names:
+        raise NotChecked("what the norms gave out was not finite, or 0")
+    yield from names
+
+
+@rule(
+    "norm.identity",
+    title="Every norm gives out the same size, however large its input",
+    reads=("norm.follows_scale",),
+    basis="experiment",
+    phase="forward",
+)
+def norm_identity(history: History) -> Iterator[Symptom]:
+    """``norm(1024 x) = norm(x)`` but for eps. An output that is 1024 times as large too was not normalised.
+
+    An eps could do the same to an input far below it; so it is asked only where that eps would be above 1e-2, ten
+    times the largest default of any framework.
+    """
+    for name in _judged(history, "norm.follows_scale"):
+        scale, eps = (history.series(metric, name) for metric in ("norm.follows_scale", "norm.eps"))
+        if found := scale.first((scale.values > 0.9 * SCALE) & (eps.values > LARGEST_EPS)):
+            step, seen = found
+            text = f"an input of {name} that is {SCALE:.0f} times as large gives an output {seen:.0f} times as large"
+            yield Symptom(at=name, since=step, seen=seen, expected="1", text=text)
+
+
+@rule(
+    "norm.eps",
+    title="No norm's eps is larger than the variance that it guards",
+    reads=("norm.follows_scale", "norm.eps"),
+    basis="theory",
+    phase="forward",
+)
+def norm_eps(history: History) -> Iterator[Symptom]:
+    """The output has mean square ``var / (var + eps)``: below 1/2 when eps outweighs the variance.
+
+    That alone can be an input that starts at almost 0; so the eps itself has to be above 1e-2 too, ten times the
+    largest default of any framework.
+    """
+    for name in _judged(history, "norm.eps"):
+        scale, eps = (history.series(metric, name) for metric in ("norm.follows_scale", "norm.eps"))
+        wrong = (eps.values > LARGEST_EPS) & (scale.values**2 > 2) & (scale.values <= 0.9 * SCALE)
+        if found := eps.first(wrong):
+            step, seen = found
+            share = 1 - float(scale.values[wrong][0]) ** -2
+            text = f"{name} acts as with eps = {seen:.2g}: {share:.0%} of what it divides by is eps"
+            yield Symptom(at=name, since=step, seen=seen, expected=f"at most {LARGEST_EPS:g}", text=text)
+
+
+@rule(
+    "norm.other_tokens",
+    title="Every norm treats each token by itself",
+    reads=("norm.other_tokens",),
+    basis="experiment",
+    phase="forward",
+)
+def norm_other_tokens(history: History) -> Iterator[Symptom]:
+    """A norm over the width of a token gives for it what it gave, whatever the other tokens are; rounding apart."""
+    for name in _judged(history, "norm.other_tokens"):
+        series = history.series("norm.other_tokens", name).finite
+        if found := series.first(series.values > ROUNDING):
+            step, seen = found
+            text = f"what {name} makes of a token moves by {seen:.0%} when only other tokens change"
+            yield Symptom(at=name, since=step, seen=seen, expected="0", text=text)

@@ -1,0 +1,180 @@
+"""Adapters: whether they can learn, whether they are used, and whether what they stand beside stays as it was."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    from lab import History, Run, Step
+
+# The names of the layer, of A [rank in] and of B [out rank], as they are called here and elsewhere.
+NAMES = (
+    ("base", "a", "b"),
+    ("base_layer", "lora_A.default.weight", "lora_B.default.weight"),
+    ("linear", "lora.A", "lora.B"),
+)
+ROWS = 4
+NONE = "no adapter in this model"
+
+
+class Adapter(NamedTuple):
+    """An adapted layer: its name, the module, the weight [out in], and the factors [rank in] and [out rank]."""
+
+    name: str
+    layer: nn.Module
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def adapters_of(model: nn.Module) -> list[Adapter]:
+    """Return the layers with a trainable adapter: two factors whose product has the shape of the weight beside them."""
+    found = []
+    for name, layer in model.named_modules():
+        for base, down, up in NAMES:
+            weight, a, b = (_parameter(layer, path) for path in (f"{base}.weight", down, up))
+            if weight is None or a is None or b is None or not (a.requires_grad and b.requires_grad):
+                continue
+            if weight.dim() == a.dim() == b.dim() == 2 and (b.shape[0], a.shape[1]) == tuple(weight.shape):
+                if a.shape[0] == b.shape[1]:
+                    found.append(Adapter(name, layer, weight, a, b))
+                break
+    return found
+
+
+@probe(
+    "adapters",
+    title="Can each adapter learn, is it used, and does the weight beside it stay?",
+    cost="a forward pass on four rows, two of each adapted layer, on examined steps; a copy of their weights",
+    examines=True,
+)
+class Adapters(Probe):
+    """Gives each adapter two pairs of factors, and compares what its layer answers to the same input.
+
+    Records by layer ``adapter.factor``, the larger norm of its two factors as they are; ``adapter.response``, the
+    largest difference between the two answers, over the largest input; ``adapter.base_moved``, how far the weight
+    beside it is from where it was at the start; and ``adapter.base_trainable``, whether that weight takes gradients.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._adapters = adapters_of(run.model)
+        self._kept = [adapter.weight.detach().clone() for adapter in self._adapters]
+
+    def lab_examine(self, run: Run, step: Step) -> None:
+        if not self._adapters:
+            raise NotChecked(NONE)
+        assert step.batch is not None
+        names = tuple(adapter.name for adapter in self._adapters)
+        now = [adapter.weight.detach() for adapter in self._adapters]
+        moved = torch.stack(torch._foreach_norm(torch._foreach_sub(now, self._kept)))
+        step.record_all("adapter.base_moved", names, moved.float())
+        factors = [torch.stack(torch._foreach_norm([x.a.detach(), x.b.detach()])).amax() for x in self._adapters]
+        step.record_all("adapter.factor", names, torch.stack(factors))
+        for adapter in self._adapters:
+            step.record("adapter.base_trainable", float(adapter.weight.requires_grad), adapter.name)
+        with torch.no_grad():
+            with _inputs(self._adapters) as calls:
+                run.call(step.batch.rows(ROWS))
+            for adapter in self._adapters:
+                if adapter.name in calls:
+                    step.record("adapter.response", _response(adapter, *calls[adapter.name]), adapter.name)
+
+
+@contextmanager
+def _inputs(adapters: list[Adapter]) -> Iterator[dict[str, tuple[Any, Any]]]:
+    """Note what each layer is first called with."""
+    calls: dict[str, tuple[Any, Any]] = {}
+    handles = [
+        adapter.layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=adapter.name: calls.setdefault(name, (args, kwargs)) and None,
+            with_kwargs=True,
+        )
+        for adapter in adapters
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _response(adapter: Adapter, args: Any, kwargs: Any) -> Tensor | float:
+    """By how much the answer changes when B goes from 0 to 1 / rank, with A of ones: every output moves by sum(x)."""
+    x = next((value for value in (*args, *kwargs.values()) if torch.is_tensor(value)), None)
+    if x is None or not x.is_floating_point():
+        return float("nan")
+    inputs = adapter.a.shape[1]
+    # Neither even nor odd, so that no mean of 0, which a norm leaves, cancels it.
+    adapter.a.copy_(torch.linspace(0.5, 1.5, inputs, device=x.device).square().expand_as(adapter.a))
+    answers = []
+    for value in (0.0, 1.0 / adapter.a.shape[0]):
+        adapter.b.fill_(value)
+        answers.append(adapter.layer(*args, **kwargs))
+    was, now = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
+    change: Tensor = (now - was).float().abs().amax()
+    # An input of 0 gives no update, whatever the factors.
+    return torch.where(x.abs().amax() > 0, change / x.float().abs().amax(), torch.full_like(change, float("nan")))
+
+
+def _each(history: History, metric: str) -> list[tuple[str, Any]]:
+    found = [(name, series.finite) for name, series in history.each(metric)]
+    found = [(name, series) for name, series in found if len(series)]
+    if not found:
+        raise NotChecked(history.reasons.get("adapters", NONE))
+    return found
+
+
+@rule("adapter.dead", title="Every adapter can learn", reads=(), basis="theory", phase="forward")
+def adapter_dead(history: History) -> Iterator[Symptom]:
+    """The gradient of A is ``B' g x'`` and that of B is ``g (A x)'``: with both factors 0, both are 0 for ever."""
+    for name, series in _each(history, "adapter.factor"):
+        if found := series.first(series.values == 0):
+            step, seen = found
+            text = f"both factors of the adapter of {name} are 0 at step {step}, so neither has a gradient"
+            yield Symptom(at=name, since=step, seen=seen, expected="one above 0", text=text)
+
+
+@rule("adapter.unused", title="Every adapter moves its layer's output", reads=(), basis="experiment", phase="forward")
+def adapter_unused(history: History) -> Iterator[Symptom]:
+    """Two different updates to the same input have to give two outputs. What does not answer at all is not used."""
+    for name, series in _each(history, "adapter.response"):
+        if found := series.first(series.values == 0):
+            step, seen = found
+            text = f"the output of {name} is the same whatever the factors of its adapter are, at step {step}"
+            yield Symptom(at=name, since=step, seen=seen, expected="above 0", text=text)
+
+
+@rule(
+    "adapter.base_trained",
+    title="A weight beside an adapter is not trained",
+    reads=(),
+    basis="theory",
+    phase="update",
+)
+def adapter_base_trained(history: History) -> Iterator[Symptom]:
+    """LoRA writes ``W + B A`` with W fixed (Hu et al., 2021). Only the weight that an adapter wraps is judged."""
+    for name, series in _each(history, "adapter.base_moved"):
+        trainable = history.series("adapter.base_trainable", name)
+        takes = np.isin(series.steps, trainable.steps[trainable.values > 0])
+        if found := series.first((series.values > 0) & takes):
+            step, seen = found
+            text = (
+                f"the weight beside the adapter of {name} takes gradients, and has moved by {seen:.3g} at step {step}"
+            )
+            yield Symptom(at=name, since=step, seen=seen, expected="0", text=text)
