@@ -1,14 +1,15 @@
-"""Optimisers that do not hold what they should train."""
+"""Optimisers that do not hold what they should train, or do not follow their formula."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lab import BadInput, Cause, Fault, fault
+from lab import BadInput, Cause, Fault, fault, torch
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from lab import Run
@@ -22,6 +23,28 @@ MISSING = Cause(
     refute="The parameter is in optimizer.param_groups, and moves.",
     look="How the parameter groups are built, above all how names are filtered.",
     source="PyTorch documentation: torch.optim, constructing it",
+)
+
+NO_CORRECTION = Cause(
+    id="optimizer.no_bias_correction",
+    title="Adam's means are not corrected for their start at 0",
+    must=("update.uncorrected",),
+    place="optimizer",
+    repair="Divide the mean of the gradients by 1 - beta1^t and that of their squares by 1 - beta2^t, with t from 1.",
+    refute="The first update is lr g / (|g| + eps), apart from the decay.",
+    look="How the optimiser counts its steps, and whether the count reaches both powers.",
+    source="Kingma and Ba, 2015, section 3",
+)
+
+COUPLED = Cause(
+    id="optimizer.coupled_decay",
+    title="Weight decay goes through Adam's quotient",
+    must=("update.coupled",),
+    place="optimizer",
+    repair="Take torch.optim.AdamW, or multiply the weights by 1 - lr * weight_decay and leave the gradients alone.",
+    refute="With a gradient of 0 and no history, a weight shrinks by the factor 1 - lr * weight_decay.",
+    look="Whether weight_decay is added to the gradient anywhere.",
+    source="Loshchilov and Hutter, 2019, algorithm 2",
 )
 
 
@@ -47,3 +70,74 @@ class MissingParameter(Fault):
             run.cleanup.callback(group.__setitem__, "params", group["params"])
             group["params"] = [p for p in group["params"] if id(p) not in left_out]
         return optimizer
+
+
+FAR = 10**9  # beta to this power is 0
+
+
+def adam_groups(run: Run, fault: Fault) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """Return the groups of an AdamW, each with its parameters that have a gradient.
+
+    Raises:
+        BadInput: The optimiser is another.
+    """
+    if type(run.optimizer).__name__ != "AdamW":
+        raise BadInput(f"{fault.info.id}: needs AdamW; this is {type(run.optimizer).__name__}")
+    return [(g, [p for p in g["params"] if p.grad is not None]) for g in run.optimizer.param_groups]
+
+
+@fault(
+    "optimizer.no_bias_correction",
+    title="Adam's means are used as they are, near 0 at first",
+    cause="optimizer.no_bias_correction",
+    moves="update.error",
+    repair=NO_CORRECTION.repair,
+)
+class NoBiasCorrection(Fault):
+    """Tells the formula, for the length of an update, that so many steps have gone that nothing is to be corrected."""
+
+    def lab_update(self, run: Run) -> Generator[None, bool, bool]:
+        if not self.active(run):
+            return (yield)
+        states = run.optimizer.state
+        held = [p for _, params in adam_groups(run, self) for p in params]
+        counts: list[Any] = []
+        for p in held:
+            if not states[p]:
+                states[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            counts.append(states[p]["step"])
+            states[p]["step"] = counts[-1] * 0 + FAR
+        done = yield
+        for p, count in zip(held, counts, strict=True):
+            states[p]["step"] = count + 1
+        return done
+
+
+@fault(
+    "optimizer.coupled_decay",
+    title="The weight decay is added to the gradient",
+    cause="optimizer.coupled_decay",
+    moves="update.error",
+    repair=COUPLED.repair,
+)
+class CoupledDecay(Fault):
+    """For the length of an update, adds ``weight_decay p`` to each gradient and takes the decay out of the groups."""
+
+    def lab_update(self, run: Run) -> Generator[None, bool, bool]:
+        if not self.active(run):
+            return (yield)
+        groups = [(g, g["weight_decay"], params) for g, params in adam_groups(run, self)]
+        if not any(decay for _, decay, _ in groups):
+            raise BadInput("optimizer.coupled_decay: needs a weight decay above 0")
+        kept = [(p, p.grad) for _, _, params in groups for p in params]
+        for group, decay, params in groups:
+            group["weight_decay"] = 0.0
+            for p in params:
+                assert p.grad is not None
+                p.grad = p.grad + decay * p.detach()
+        done = yield
+        for group, decay, _ in groups:
+            group["weight_decay"] = decay
+        for p, grad in kept:
+            p.grad = grad
+        return done

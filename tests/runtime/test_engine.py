@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from lab.catalogue import Catalogue
 
 # A small decoder in one process has no place for these; tests/faults/test_builtin.py tries each in its own scenario.
-ELSEWHERE = ("alignment.", "loss.mean_of_means", "mask.causal_in_encoder", "mask.padding_seen", "tuning.")
+ELSEWHERE = (
+    "alignment.",
+    "distributed.",
+    "loss.mean_of_means",
+    "mask.causal_in_encoder",
+    "mask.padding_seen",
+    "tuning.",
+)
 FAULTS = [fault for fault in sorted(discover().faults) if not fault.startswith(ELSEWHERE)]
 # These act when the run is built, before there is a step.
 AT_BUILD = ("init.", "norm.eps_huge", "optimizer.missing_parameter", "performance.no_cache")
