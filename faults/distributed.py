@@ -9,24 +9,39 @@ from lab import BadInput, Cause, Fault, fault
 if TYPE_CHECKING:
     from lab import Run
 
+NO_SYNC = Cause(
+    id="distributed.no_sync",
+    title="Gradients are not averaged over the processes",
+    must=("ranks.gradients",),
+    may=("ranks.drift",),
+    place="distributed",
+    repair="Call the DistributedDataParallel wrapper, not the module inside it, and leave the last backward pass of "
+    "each step out of no_sync(): only there are gradients averaged.",
+    refute="Just before each update every process holds the same gradients, bit for bit.",
+    look="Which module is called, and what wraps the last backward pass of a step.",
+    source="Li et al., 2020; PyTorch documentation: DistributedDataParallel, no_sync",
+)
+
 DRIFT = Cause(
     id="distributed.drift",
     title="The processes train models of their own",
     must=("ranks.drift",),
-    repair="Call the DistributedDataParallel wrapper, not the module inside it, and leave the last backward pass of "
-    "each step out of no_sync(): only there are gradients averaged.",
+    cannot=("ranks.gradients",),
+    place="distributed",
+    repair="Change weights in the optimiser's step alone, or in the same way in every process; broadcast what one of "
+    "them loads or draws.",
     refute="After each update every process holds the same weights, bit for bit.",
-    look="Compare one gradient between two processes just before the update.",
-    source="Li et al., 2020; PyTorch documentation: DistributedDataParallel, no_sync",
+    look="What one process does and the others do not: if rank == 0, and random numbers that are drawn apart.",
+    source="Li et al., 2020, section 3.1",
 )
 
 
 @fault(
     "distributed.no_sync",
     title="Gradients are not averaged over the processes",
-    cause="distributed.drift",
-    moves="ranks.drifted",
-    repair=DRIFT.repair,
+    cause="distributed.no_sync",
+    moves="ranks.gradients",
+    repair=NO_SYNC.repair,
 )
 class NoSync(Fault):
     """Each process keeps its own gradients; nothing is sent."""

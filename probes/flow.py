@@ -96,7 +96,7 @@ def flow_twins(history: History) -> Iterator[Symptom]:
     title="No weight matrix is 0 with a gradient of 0",
     reads=("flow.size", "flow.slope"),
     basis="experiment",
-    phase="forward",
+    phase="update",
 )
 def flow_zero(history: History) -> Iterator[Symptom]:
     """A matrix that starts at 0 on purpose has a gradient. With both at 0 in each look, it stays there."""

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @probe("ranks", title="Do the processes hold the same weights?", every=10, cost="one sum a weight and a small message")
 class Ranks(Probe):
-    """Compares a sum of each weight between the processes, before an update: the first three, then every tenth.
+    """Compares a sum of each weight and of its gradient between the processes, before an update.
 
-    Records ``ranks.alike``, the share of weights that all processes began with alike, and ``ranks.drifted``, how many
-    of these are not alike any more. Where weights are cut, the share is below 1, and nothing is judged: a bias of 0
+    Records ``ranks.alike``, the share of weights that all processes began with alike, ``ranks.drifted``, how many of
+    these are not alike any more, and ``ranks.gradients``, how many of them have gradients that are not. Where weights
+    are cut, the share is below 1, and nothing is judged: a bias of 0
     begins alike whether it is cut or not.
     """
 
@@ -30,14 +31,22 @@ class Ranks(Probe):
         if self._why_not(run) or not self.due(step):
             return
         # A sum in one order: of the same bits it is the same.
-        sums = torch.stack([p.detach().double().sum() for p in run.parameters.values()]).nan_to_num()
+        held = list(run.parameters.values())
+        nothing = held[0].new_zeros((), dtype=torch.float64)
+        sums = torch.stack(
+            [
+                torch.stack([p.detach().double().sum() for p in held]),
+                torch.stack([nothing if p.grad is None else p.grad.double().sum() for p in held]),
+            ]
+        ).nan_to_num()  # [2 n]
         each = [torch.empty_like(sums) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(each, sums)
-        alike = (torch.stack(each) == sums).all(dim=0)  # [n]
+        alike, same = (torch.stack(each) == sums).all(dim=0)  # [n] each
         if self._began is None:
             self._began = alike
         step.record("ranks.alike", self._began.double().mean())
         step.record("ranks.drifted", (self._began & ~alike).sum())
+        step.record("ranks.gradients", (self._began & ~same).sum())
 
     def lab_examine(self, run: Run) -> None:
         if reason := self._why_not(run):
@@ -52,6 +61,19 @@ class Ranks(Probe):
         return "" if run.config is not None else "whether every process is watched is not known"
 
 
+def _apart(history: History, metric: str) -> tuple[int, float] | None:
+    """Return the look from which some weights differ in every one, and how many did.
+
+    Raises:
+        NotChecked: There are too few looks, or the processes do not hold the same model.
+    """
+    series = history.series(metric)
+    if len(series) < 2 or not history.last("ranks.alike") == 1:
+        raise NotChecked("fewer than two looks, or the processes did not begin with the same weights")
+    found = series.first(series.values > 0)
+    return found if found and all(series.values[series.steps >= found[0]] > 0) else None
+
+
 @rule(
     "ranks.drift",
     title="All processes keep the same weights",
@@ -61,11 +83,22 @@ class Ranks(Probe):
 )
 def ranks_drift(history: History) -> Iterator[Symptom]:
     """What was alike, and is given the same updates, stays alike to the last bit; if not, it drifts."""
-    drifted, began = history.series("ranks.drifted"), history.last("ranks.alike")
-    if len(drifted) < 2 or not began == 1:
-        raise NotChecked("fewer than two looks, or the processes did not begin with the same weights")
-    if found := drifted.first(drifted.values > 0):
+    if found := _apart(history, "ranks.drifted"):
         step, count = found
-        if all(drifted.values[drifted.steps >= step] > 0):
-            text = f"{count:.0f} weights that all processes began with alike differ at step {step}"
-            yield Symptom(at="", since=step, seen=count, expected="0", text=text)
+        text = f"{count:.0f} weights that all processes began with alike differ at step {step}"
+        yield Symptom(at="", since=step, seen=count, expected="0", text=text)
+
+
+@rule(
+    "ranks.gradients",
+    title="All processes update by the same gradients",
+    reads=("ranks.gradients",),
+    basis="experiment",
+    phase="backward",
+)
+def ranks_gradients(history: History) -> Iterator[Symptom]:
+    """Averages over all processes are the same in each of them, to the last bit."""
+    if found := _apart(history, "ranks.gradients"):
+        step, count = found
+        text = f"just before the update of step {step} the processes hold other gradients of {count:.0f} weights"
+        yield Symptom(at="", since=step, seen=count, expected="0", text=text)

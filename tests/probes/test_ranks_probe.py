@@ -13,26 +13,29 @@ from lab import BadInput, History, NotChecked, Row
 if TYPE_CHECKING:
     from conftest import SmallRun
 
-ranks_drift = importlib.import_module("lab.probes.ranks").ranks_drift
+ranks = importlib.import_module("lab.probes.ranks")
+JUDGES = {"ranks.drifted": ranks.ranks_drift.judge, "ranks.gradients": ranks.ranks_gradients.judge}
 
 
-def made(alike: float, drifted: list[float]) -> History:
+def made(metric: str, alike: float, apart: list[float]) -> History:
     history = History()
-    for step, value in enumerate(drifted):
-        history.add(step, Row((("ranks.alike", ""), ("ranks.drifted", "")), np.array([alike, value])))
+    for step, value in enumerate(apart):
+        history.add(step, Row((("ranks.alike", ""), (metric, "")), np.array([alike, value])))
     return history
 
 
 @pytest.mark.parametrize(("drifted", "since"), [([0, 0, 0], None), ([0, 3, 3], 1), ([0, 0, 1], 2), ([0, 3, 0], None)])
-def test_a_drift_is_what_does_not_come_back(drifted: list[float], since: int | None) -> None:
-    found = [symptom.since for symptom in ranks_drift.judge(made(1.0, drifted))]
+@pytest.mark.parametrize("metric", JUDGES)
+def test_apart_is_what_does_not_come_together_again(metric: str, drifted: list[float], since: int | None) -> None:
+    found = [symptom.since for symptom in JUDGES[metric](made(metric, 1.0, drifted))]
     assert found == ([] if since is None else [since])
 
 
 @pytest.mark.parametrize(("alike", "drifted"), [(1.0, [0.0]), (0.0, [0.0, 0.0]), (0.7, [0.0, 2.0])])
-def test_what_it_cannot_judge(alike: float, drifted: list[float]) -> None:
+@pytest.mark.parametrize("metric", JUDGES)
+def test_what_it_cannot_judge(metric: str, alike: float, drifted: list[float]) -> None:
     with pytest.raises(NotChecked, match="fewer than two looks"):
-        list(ranks_drift.judge(made(alike, drifted)))
+        list(JUDGES[metric](made(metric, alike, drifted)))
 
 
 def test_one_process_is_not_checked(small_run: SmallRun) -> None:
