@@ -111,14 +111,19 @@ class AdapterUnused(Fault):
     repair=BASE_NOT_FROZEN.repair,
 )
 class BaseNotFrozen(Fault):
-    """Unfreezes the weight before the optimiser is built; freezes it again when the run ends."""
+    """Unfreezes the weight before the optimiser is built; freezes it and takes it out again when the run ends."""
 
     at: str = "blocks.1.mlp.up"
 
     def lab_build_optimizer(self, run: Run) -> Generator[None, Optimizer, Optimizer]:
         self.from_the_start()
-        for layer in adapters(run.model, self).values():
-            weight = layer.get_parameter("base.weight")
+        weights = [layer.get_parameter("base.weight") for layer in adapters(run.model, self).values()]
+        for weight in weights:
             weight.requires_grad_()
             run.cleanup.callback(weight.requires_grad_, False)
-        return (yield)
+        optimizer = yield
+        thawed = {id(weight) for weight in weights}
+        for group in optimizer.param_groups:
+            kept = [p for p in group["params"] if id(p) not in thawed]
+            run.cleanup.callback(group.__setitem__, "params", kept)
+        return optimizer

@@ -68,8 +68,10 @@ def _apart(history: History, metric: str) -> tuple[int, float] | None:
         NotChecked: There are too few looks, or the processes do not hold the same model.
     """
     series = history.series(metric)
-    if len(series) < 2 or not history.last("ranks.alike") == 1:
-        raise NotChecked("fewer than two looks, or the processes did not begin with the same weights")
+    if not history.last("ranks.alike") == 1:
+        raise NotChecked("weights are cut between the processes, or did not begin alike")
+    if len(series) < 2:
+        raise NotChecked("one look at the processes tells of no drift")
     found = series.first(series.values > 0)
     return found if found and all(series.values[series.steps >= found[0]] > 0) else None
 

@@ -34,7 +34,7 @@ def test_apart_is_what_does_not_come_together_again(metric: str, drifted: list[f
 @pytest.mark.parametrize(("alike", "drifted"), [(1.0, [0.0]), (0.0, [0.0, 0.0]), (0.7, [0.0, 2.0])])
 @pytest.mark.parametrize("metric", JUDGES)
 def test_what_it_cannot_judge(metric: str, alike: float, drifted: list[float]) -> None:
-    with pytest.raises(NotChecked, match="fewer than two looks"):
+    with pytest.raises(NotChecked, match=r"one look at the processes|cut between the processes"):
         list(JUDGES[metric](made(metric, alike, drifted)))
 
 
