@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lab import Batch, Run, Step
 
 IGNORED = -100  # the target that the loss leaves out, as in torch
+NEXT_TOKEN = ("next-token", "sft", "dpo")
 
 SHIFTED_TWICE = Cause(
     id="targets.shifted_twice",
@@ -50,34 +51,59 @@ PERMUTED = Cause(
     source="Zhang et al., 2017 (what random labels do to learning)",
 )
 
+ALL_IGNORED = Cause(
+    id="targets.all_ignored",
+    title="No target counts: nothing is learned",
+    must=("targets.none",),
+    may=(
+        "value.nonfinite",
+        "loss.nonfinite",
+        "gradient.nonfinite",
+        "weight.nonfinite",
+    ),  # a mean over nothing is NaN, and whatever comes after it is made of it
+    place="targets",
+    repair="Count the targets that are not ignored, in each batch. Prompts longer than the context leave no answer; a "
+    "mask with its two values exchanged, or an ignore_index that is a token, leaves nothing.",
+    refute="Some target in the batch is not ignore_index.",
+    look="Where targets are set to -100, and the mask or the length that decides it.",
+    source="PyTorch documentation: CrossEntropyLoss, ignore_index",
+)
 
-def next_token(run: Run, fault: Fault, *, objectives: tuple[str, ...] = ("next-token", "sft", "dpo")) -> None:
-    """Refuse training that does not learn next tokens, or that the lab did not write.
+PADDING_COUNTED = Cause(
+    id="targets.padding_counted",
+    title="The loss counts padding",
+    must=("targets.padding",),
+    place="targets",
+    repair="Set targets to ignore_index (-100) wherever the input is padding, by the mask that attention is given; not "
+    "by the padding's token where that token is also a word or the end of the text.",
+    refute="No target counts at a position that the mask calls padding.",
+    look="How the targets are filled up where rows are made equally long.",
+    source="PyTorch documentation: CrossEntropyLoss, ignore_index",
+)
+
+
+def own(run: Run, fault: Fault, *objectives: str) -> None:
+    """Refuse training that the lab did not write, or that has none of these objectives; without any, all will do.
 
     Raises:
         BadInput: It is such a training.
     """
-    if run.config is None or run.config.train.objective not in objectives:
-        raise BadInput(f"{fault.info.id}: needs the lab's own training on next tokens")
+    if run.config is None or (objectives and run.config.train.objective not in objectives):
+        what = f" with train.objective = {' or '.join(map(repr, objectives))}" if objectives else ""
+        raise BadInput(f"{fault.info.id}: needs the lab's own training{what}")
 
 
 class ChangedTargets(Fault):
     """Gives each training batch other targets."""
 
-    def lab_start(self, run: Run) -> None:
-        next_token(run, self)
-
     def lab_batch(self, run: Run, step: Step) -> Generator[None, Batch, Batch]:
         batch = yield
-        if not self.active(run) or step.mode != "train":
+        if not self.active(run) or step.mode != "train" or batch.targets is None:
             return batch
-        assert batch.inputs is not None
-        assert batch.targets is not None
-        self.inputs, self.index = batch.inputs, step.index
-        return replace(batch, targets=self.changed(batch.targets))
+        return replace(batch, targets=self.changed(batch, batch.targets))
 
-    def changed(self, targets: Tensor) -> Tensor:  # [B T] -> [B T]
-        """The targets instead."""
+    def changed(self, batch: Batch, targets: Tensor) -> Tensor:  # [B T] -> [B T]
+        """What a batch is to be compared with instead of its targets."""
         raise NotImplementedError
 
 
@@ -91,7 +117,10 @@ class ChangedTargets(Fault):
 class ShiftedTwice(ChangedTargets):
     """Moves the targets one place on once more; the last, which nobody knows, is ignored."""
 
-    def changed(self, targets: Tensor) -> Tensor:
+    def lab_start(self, run: Run) -> None:
+        own(run, self, *NEXT_TOKEN)
+
+    def changed(self, _batch: Batch, targets: Tensor) -> Tensor:
         return torch.nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
 
 
@@ -105,25 +134,64 @@ class ShiftedTwice(ChangedTargets):
 class NotShifted(ChangedTargets):
     """Takes the inputs for targets, where targets count."""
 
-    def changed(self, targets: Tensor) -> Tensor:
-        return torch.where(targets == IGNORED, targets, self.inputs)
+    def lab_start(self, run: Run) -> None:
+        own(run, self, *NEXT_TOKEN)
+
+    def changed(self, batch: Batch, targets: Tensor) -> Tensor:
+        assert batch.inputs is not None
+        return torch.where(targets == IGNORED, targets, batch.inputs)
 
 
 @fault(
     "targets.permuted",
-    title="The targets of a row go to another row",
+    title="The targets of a row go to the row after it",
     cause="targets.permuted",
     moves="targets.another_row",
     repair=PERMUTED.repair,
 )
 class Permuted(ChangedTargets):
-    """Moves the targets of a batch round by as many rows as the step's number, one at least."""
+    """Moves the targets of a batch round by one row."""
 
     def lab_start(self, run: Run) -> None:
-        next_token(run, self, objectives=("next-token",))
+        own(run, self, "next-token")
         if len(run.data.batch(0, "train").inputs) < 2:
             raise BadInput("targets.permuted: needs two rows in a batch")
 
-    def changed(self, targets: Tensor) -> Tensor:
-        rows = len(targets)
-        return targets.roll(1 + self.index % (rows - 1), dims=0)
+    def changed(self, _batch: Batch, targets: Tensor) -> Tensor:
+        return targets.roll(1, dims=0)
+
+
+@fault(
+    "targets.all_ignored",
+    title="No target counts",
+    cause="targets.all_ignored",
+    moves="targets.counted",
+    repair=ALL_IGNORED.repair,
+)
+class AllIgnored(ChangedTargets):
+    """Gives every target the number that the loss leaves out."""
+
+    def lab_start(self, run: Run) -> None:
+        own(run, self)
+
+    def changed(self, _batch: Batch, targets: Tensor) -> Tensor:
+        return torch.full_like(targets, IGNORED)
+
+
+@fault(
+    "targets.padding_counted",
+    title="Targets in the padding count",
+    cause="targets.padding_counted",
+    moves="targets.padding",
+    repair=PADDING_COUNTED.repair,
+)
+class PaddingCounted(ChangedTargets):
+    """Makes what fills up a row a target; for batches that say which positions are tokens."""
+
+    def lab_start(self, run: Run) -> None:
+        own(run, self, "masked")
+
+    def changed(self, batch: Batch, targets: Tensor) -> Tensor:
+        tokens, present = batch.args
+        filler: Tensor = torch.where(present, targets, tokens)
+        return filler

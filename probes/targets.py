@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from lab import Batch, History, Run, Step
+    from lab import Batch, History, Run, Series, Step
 
 OFFSETS = (0, 1, 2)
 # In exact arithmetic it is 0, and masked weights are exact zeros: only rounding is allowed for, as for causality.
@@ -24,8 +24,10 @@ ROUNDING = 1e-6
 NOISE = 1e-4
 # The loss is computed again in float32: five digits agree when it is the same.
 SAME = 1e-4
+SHORTEST = 4  # positions
 STEPS = 3  # measured steps that have to agree
 ASKED = 64  # targets in them: that so many are equal by chance does not happen
+NOTHING = -1.0  # without padding there is nothing to compare
 ROWS, LEAST = 8, 8  # rows that are looked for among the others, and how many targets each needs at least
 BESIDE = {"labels", "targets", "attention_mask", "position_ids", "token_type_ids"}  # names of what is no sequence
 
@@ -40,11 +42,13 @@ BESIDE = {"labels", "targets", "attention_mask", "position_ids", "token_type_ids
 class Targets(Probe):
     """Compares targets with inputs, where one sequence of tokens [B T] goes in and one target belongs to each.
 
-    Records ``targets.share``, the share of targets that are the input at the same place (``0``), at the next (``1``)
-    and at the one after (``2``); ``targets.asked``, how many count; ``targets.sole``, whether nothing but these is
-    learned; ``targets.another_row``, the share of rows whose targets are the next tokens of another row, where each of
-    the first eight is found in one row alone and no two in the same, else 0; and ``targets.sees``: how much the outputs
-    ``before`` a position, ``at`` it and ``after`` it change with the token there, relative to the largest output.
+    Records ``targets.counted``, the share of targets that are not ignored; ``targets.sole``, whether nothing but these
+    is learned; ``targets.padding``, the share of positions in the padding whose target counts, or -1 where the call
+    names no padding; ``targets.share``, the share of targets that are the input at the same place (``0``), at the next
+    (``1``) and at the one after (``2``); ``targets.asked``, how many count; ``targets.another_row``, the share of rows
+    whose targets are the next tokens of another row, where each of the first eight is found in one row alone and no two
+    in the same, else 0; and ``targets.sees``: how much the outputs ``before`` a position, ``at`` it and ``after`` it
+    change with the token there, relative to the largest output.
     """
 
     def lab_start(self) -> None:
@@ -58,50 +62,69 @@ class Targets(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         batch, self._whole = self._whole or step.batch, None
-        if batch is None or not (self.due(step) or step.examined) or why_not(batch):
+        inputs, targets = (batch.inputs, batch.targets) if batch is not None else (None, None)
+        if batch is None or targets is None or not _whole(targets):
             return
-        inputs, targets = batch.inputs, batch.targets
-        assert inputs is not None
-        assert targets is not None
-        targets = targets.view_as(inputs)
         counts = targets >= 0
-        step.record("targets.asked", counts.sum().double())
+        step.record("targets.counted", counts.double().mean())
         step.record("targets.sole", 1.0 if run.config is not None else _sole(step, targets))
+        if inputs is None or why_not(batch) or not (self.due(step) or step.examined):
+            return
+        targets, counts = targets.view_as(inputs), counts.view_as(inputs)
+        step.record("targets.asked", counts.sum().double())
+        step.record("targets.padding", _in_padding(batch, inputs, counts))
         step.record_all("targets.share", [str(k) for k in OFFSETS], _shares(inputs, targets, counts))
         if len(inputs) > 1 and inputs.shape[1] > LEAST:
             step.record("targets.another_row", _another_row(inputs, targets, counts))
 
     def lab_examine(self, run: Run, step: Step) -> None:
         batch = step.batch
-        if batch is None:
-            raise NotChecked("the batch is not known")
-        if reason := why_not(batch):
-            raise NotChecked(reason)
+        if batch is None or batch.targets is None or not _whole(batch.targets):
+            raise NotChecked("the targets are not known, or are no classes")
         history = run.history
         suspect = any(history.last("targets.share", str(k)) == 1 for k in OFFSETS if k != 1)
-        if suspect or not history.sites("targets.sees"):
+        if not why_not(batch) and (suspect or not history.sites("targets.sees")):
             step.record_all("targets.sees", ("before", "at", "after"), _sees(run, batch))
 
 
 def why_not(batch: Batch) -> str:
     """Say why the targets cannot be compared with the inputs; empty where they can."""
     inputs, targets = batch.inputs, batch.targets
-    if inputs is None or inputs.dim() != 2 or not _whole(inputs):
-        return "the model is not called with tokens [B T], so its targets need not be causal"
+    if inputs is None or inputs.dim() != 2 or not _whole(inputs) or inputs.shape[1] < SHORTEST:
+        return "the model is not called with tokens [B T]"
     if targets is None or targets.numel() != inputs.numel() or not _whole(targets):
-        return "the targets are not known, or are not one for each token, so they need not be causal"
-    if inputs.shape[1] < 4:
-        return f"{inputs.shape[1]} positions are too few, no positions to compare"
+        return "the targets are not one for each token"
     more = [*batch.args, *(value for name, value in batch.kwargs.items() if name not in BESIDE)]
     beside = [v for v in more if torch.is_tensor(v) and v is not inputs and v.dim() == 2 and _whole(v)]
     if any(value.data_ptr() != targets.data_ptr() for value in beside):
-        return "more than one sequence goes in, so the targets need not be causal"
+        return "more than one sequence goes in"
     return ""
 
 
 def _whole(value: Tensor) -> bool:
     """Whether it holds whole numbers that may be tokens."""
     return value.dtype in (torch.int64, torch.int32)
+
+
+def _in_padding(batch: Batch, inputs: Tensor, counts: Tensor) -> Tensor:  # -> []
+    """The share of positions in the padding whose target counts; -1 where none is known to be padding.
+
+    A mask beside the tokens says so, either way round, if it cuts each row into tokens and then padding, and one and
+    the same token stands in all of the padding.
+    """
+    share = torch.full((), NOTHING, dtype=torch.float64, device=inputs.device)
+    for value in (*batch.args, *batch.kwargs.values()):
+        if not torch.is_tensor(value) or value is inputs or value.shape != inputs.shape or value.is_floating_point():
+            continue
+        binary = ((value == 0) | (value == 1)).all()
+        for present in (value == 1, value == 0):
+            padding = ~present
+            ordered = (present[:, :-1] >= present[:, 1:]).all() & present[:, 0].all()
+            token = inputs.masked_fill(present, -1).amax()
+            filled = (inputs.masked_fill(present, 0) == padding * token).all() & padding.any()
+            here = (counts & padding).sum().double() / padding.sum().clamp_min(1)
+            share = torch.where(binary & ordered & filled, here, share)
+    return share
 
 
 def _shares(inputs: Tensor, targets: Tensor, counts: Tensor) -> Tensor:  # -> [3]
@@ -161,7 +184,7 @@ def _sees(run: Run, batch: Batch) -> Tensor:  # -> [3]
     with torch.no_grad():
         first, second = run.call(rows), run.call(other)
     if first.shape[:2] != was.shape or second.shape != first.shape:
-        raise NotChecked("the output is not one vector for each token, so it need not be causal")
+        return torch.full((3,), torch.nan, device=was.device)
     moved = (second.float() - first.float()).abs().flatten(2).amax((0, 2))  # [T]
     scale = first.float().abs().amax().clamp_min(1e-30)
     parts = (moved[:place], moved[place : place + 1], moved[place + 1 :])
@@ -177,14 +200,27 @@ def run_of(wrong: NDArray[np.bool_]) -> int:
     return int(right[-1]) + 1 if len(right) else 0
 
 
+def _one_sequence(history: History) -> None:
+    """Say why targets were not compared with inputs, if they were not."""
+    if not history.sites("targets.share"):
+        raise NotChecked("it is not one sequence of tokens with a target for each: the targets need not be causal")
+
+
+def _sole_at(history: History, series: Series) -> NDArray[np.float64]:
+    """Whether nothing else was learned, at the steps of a series: not all batches can be compared with their inputs."""
+    sole = history.series("targets.sole")
+    return sole.values[np.isin(sole.steps, series.steps)]
+
+
 def _always(history: History, offset: int) -> tuple[int, float] | None:
     """Return the step from which every target was the input at `offset`, and how many are the next token.
 
     Not all of them are: where tokens repeat, the next may be the same as the one here, and nothing can be told.
     """
+    _one_sequence(history)
     series, after = history.series("targets.share", str(offset)), history.series("targets.share", "1").values
     begin = run_of((series.values == 1) & (after < 1))
-    sole, asked = (history.series(f"targets.{name}").values[begin:] for name in ("sole", "asked"))
+    sole, asked = _sole_at(history, series)[begin:], history.series("targets.asked").values[begin:]
     if len(sole) < STEPS or asked.sum() < ASKED:
         return None
     if not np.all(sole == 1):
@@ -209,7 +245,7 @@ def _causal(history: History, *, sees_itself: bool) -> None:
 @rule(
     "targets.copied",
     title="No output is taught the token that it is shown",
-    reads=("targets.share", "targets.sees"),
+    reads=("targets.counted",),
     basis="experiment",
     phase="loss",
 )
@@ -227,15 +263,15 @@ def targets_copied(history: History) -> Iterator[Symptom]:
             since=step,
             seen=1.0,
             expected="the next token",
-            text=f"from step {step} on every target is the token at the same place of the input, which the output "
-            f"there sees; {share:.0%} are the next token",
+            text=f"from step {step} on every target is the token at its own place of the input, which the output there "
+            f"sees; {share:.0%} are the next token",
         )
 
 
 @rule(
     "targets.ahead",
     title="No output is taught the token after the next",
-    reads=("targets.share", "targets.sees"),
+    reads=("targets.counted",),
     basis="experiment",
     phase="loss",
 )
@@ -260,7 +296,7 @@ def targets_ahead(history: History) -> Iterator[Symptom]:
 @rule(
     "targets.another_row",
     title="The targets of a row belong to its own inputs",
-    reads=("targets.another_row",),
+    reads=("targets.counted",),
     basis="experiment",
     phase="loss",
 )
@@ -270,7 +306,10 @@ def targets_another_row(history: History) -> Iterator[Symptom]:
     Exact: each of the first eight rows is found in one row alone, no two in the same, with eight targets or more in
     each, in at least three measured steps up to now.
     """
+    _one_sequence(history)
     series = history.series("targets.another_row")
+    if not len(series):
+        raise NotChecked("no positions or rows enough to tell the targets of one row from those of another")
     begin = run_of(series.values > 0)
     if len(series) - begin >= STEPS:
         step, share = int(series.steps[begin]), float(series.values[begin])
@@ -282,3 +321,48 @@ def targets_another_row(history: History) -> Iterator[Symptom]:
             text=f"from step {step} on the targets of rows are the next tokens of other rows: of {share:.0%} of those "
             "looked at",
         )
+
+
+@rule(
+    "targets.none",
+    title="There are targets that count",
+    reads=("targets.counted",),
+    basis="theory",
+    phase="loss",
+)
+def targets_none(history: History) -> Iterator[Symptom]:
+    """Every target is ignored, in each of at least three measured steps up to now; a loss of nothing is NaN or 0.
+
+    One batch may have none, if its rows are cut short; a run of them cannot be learned from.
+    """
+    series, sole = history.series("targets.counted"), history.series("targets.sole").values
+    begin = run_of((series.values == 0) & (sole == 1))
+    if len(series) - begin >= STEPS:
+        step = int(series.steps[begin])
+        text = f"from step {step} on no target counts: all are ignored by the loss"
+        yield Symptom(at="", since=step, seen=0.0, expected="above 0", text=text)
+
+
+@rule(
+    "targets.padding",
+    title="No target in the padding counts",
+    reads=("targets.counted",),
+    basis="theory",
+    phase="loss",
+)
+def targets_padding(history: History) -> Iterator[Symptom]:
+    """Where the call says which positions are padding, and one token fills them, the targets there are ignored.
+
+    What fills up a row is no part of it: with it a loss depends on how long the other rows are. Named when all of them
+    count, in each of at least three measured steps up to now.
+    """
+    series = history.series("targets.padding")
+    known = series.values != NOTHING
+    if not known.any():
+        raise NotChecked("the model is told of no padding")
+    steps, wrong = series.steps[known], ((series.values == 1) & (_sole_at(history, series) == 1))[known]
+    begin = run_of(wrong)
+    if len(wrong) - begin >= STEPS:
+        step = int(steps[begin])
+        text = f"from step {step} on every position in the padding has a target that counts"
+        yield Symptom(at="", since=step, seen=1.0, expected="0", text=text)

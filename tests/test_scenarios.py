@@ -26,6 +26,7 @@ NOT_THERE = (
     "the model's cache is of another kind",
     "no layer norm and no RMS norm",
     "there is one process",
+    "more goes into the model than tokens",
     "weights are cut between the processes",
     "the formula of ShardedAdamW is not known here",
     "no adapter in this model",

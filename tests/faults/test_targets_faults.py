@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from lab import Fault
 
 faults = importlib.import_module("lab.faults.targets")
-NAMES = {"shifted_twice": "ShiftedTwice", "not_shifted": "NotShifted", "permuted": "Permuted"}
+NAMES = {
+    "shifted_twice": "ShiftedTwice",
+    "not_shifted": "NotShifted",
+    "permuted": "Permuted",
+    "all_ignored": "AllIgnored",
+}
 
 
 def windows() -> torch.Tensor:  # [4 9]
@@ -62,10 +67,9 @@ def test_targets_are_the_inputs_where_they_count() -> None:
     assert torch.equal(batch.targets, given)  # what the source made is not written into
 
 
-@pytest.mark.parametrize("index", range(8))
-def test_each_row_has_the_targets_of_another(index: int) -> None:
+def test_each_row_has_the_targets_of_another() -> None:
     x = windows()
-    made = changed(faults.Permuted(), right(x), index=index).targets
+    made = changed(faults.Permuted(), right(x)).targets
     assert made is not None
     assert sorted(made.tolist()) == sorted(x[:, 1:].tolist())
     assert not (made == x[:, 1:]).all(-1).any()
@@ -78,7 +82,23 @@ def test_held_out_batches_and_earlier_steps_stay(name: str, index: int, mode: st
     assert changed(getattr(faults, name)(from_step=3), batch, index=index, mode=mode) is batch
 
 
-@pytest.mark.parametrize("fault", NAMES)
+def test_no_target_counts() -> None:
+    made = changed(faults.AllIgnored(), right(windows())).targets
+    assert made is not None
+    assert (made == -100).all()
+
+
+def test_padding_is_a_target() -> None:
+    x = windows()[:, :-1]
+    present = torch.arange(8) < torch.tensor([[3], [8], [5], [4]])
+    targets = torch.where(torch.arange(8) == 1, x, -100)
+    made = changed(faults.PaddingCounted(), Batch((x * present, present), targets=targets)).targets
+    assert made is not None
+    assert torch.equal(made[present], targets[present])
+    assert (made[~present] == 0).all()
+
+
+@pytest.mark.parametrize("fault", ["shifted_twice", "not_shifted", "permuted"])
 def test_what_learns_no_next_token_is_refused(fault: str, small_run: SmallRun) -> None:
     with pytest.raises(BadInput, match=rf"targets\.{fault}: needs"):
         getattr(faults, NAMES[fault])().lab_start(SimpleNamespace(config=None))
@@ -86,6 +106,8 @@ def test_what_learns_no_next_token_is_refused(fault: str, small_run: SmallRun) -
         small_run(faults=[{"id": f"targets.{fault}"}], train={"objective": "seq2seq"})
 
 
-def test_one_row_has_no_other(small_run: SmallRun) -> None:
+def test_a_batch_without_padding_or_with_one_row_is_refused(small_run: SmallRun) -> None:
+    with pytest.raises(BadInput, match=r"targets\.padding_counted: needs"):
+        small_run(faults=[{"id": "targets.padding_counted"}])
     with pytest.raises(BadInput, match=r"targets\.permuted: needs two rows"):
         small_run(faults=[{"id": "targets.permuted"}], data={"source": "markov", "batch": 1})

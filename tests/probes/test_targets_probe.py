@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lab.catalogue import Catalogue
 
-RULES = {"targets.copied", "targets.ahead", "targets.another_row"}
+RULES = {"targets.copied", "targets.ahead", "targets.another_row"}  # these ask for one sequence
 
 
 def named(diagnosis: lab.Diagnosis) -> list[str]:
@@ -43,6 +43,7 @@ def named(diagnosis: lab.Diagnosis) -> list[str]:
 def test_next_tokens_are_silent(small_run: SmallRun, changes: dict[str, Any]) -> None:
     diagnosis, history = small_run(**changes)
     assert set(diagnosis.checked) >= RULES - ({"targets.another_row"} if "python-docs" in str(changes) else set())
+    assert "targets.none" in diagnosis.checked
     assert named(diagnosis) == []
     assert (history.series("targets.share", "1").values == 1).all()
 
@@ -51,6 +52,8 @@ def test_next_tokens_are_silent(small_run: SmallRun, changes: dict[str, Any]) ->
 def test_other_objectives_are_silent(small_run: SmallRun, objective: str) -> None:
     diagnosis, _ = small_run(train={"objective": objective})
     assert named(diagnosis) == []
+    assert "targets.none" in diagnosis.checked
+    assert ("targets.padding" in diagnosis.checked) == (objective == "masked")
     assert objective == "masked" or all("need not be causal" in diagnosis.not_checked[rule] for rule in RULES)
 
 
@@ -63,13 +66,17 @@ def test_other_objectives_are_silent(small_run: SmallRun, objective: str) -> Non
         ({"id": "targets.not_shifted"}, {"model": {"layers": 1, "width": 32, "mixer": "convolution", "context": 12}}),
         ({"id": "targets.permuted"}, {}),
         ({"id": "targets.permuted"}, {"train": {"accumulate": 4}}),
+        ({"id": "targets.all_ignored"}, {}),
+        ({"id": "targets.all_ignored"}, {"train": {"accumulate": 2}}),
+        ({"id": "targets.all_ignored", "from_step": 5}, {"train": {"objective": "seq2seq"}}),
+        ({"id": "targets.padding_counted"}, {"train": {"objective": "masked"}}),
     ],
 )
 def test_a_fault_is_named(small_run: SmallRun, fault: dict[str, object], changes: dict[str, Any]) -> None:
     diagnosis, _ = small_run(faults=[fault], steps=34, **changes)
     assert [(cause.id, cause.at) for cause in diagnosis.causes] == [(fault["id"], "targets")]
     begin = fault.get("from_step", 0)
-    assert diagnosis.causes[0].since_step == (begin and 10)  # measured in every tenth step
+    assert diagnosis.causes[0].since_step == (5 if "all" in str(fault) and begin else begin and 10)
     assert diagnosis.unexplained == ()
 
 
@@ -146,6 +153,37 @@ def tagged(model: Model, x: Tokens) -> torch.Tensor:
     return loss(model(x[:, :-1])[0], x[:, :-1] % 2)
 
 
+def padded(model: Model, x: Tokens, *, counts: bool) -> torch.Tensor:
+    """Rows of different lengths, with a mask beside them, True where padding is."""
+    padding = torch.arange(LENGTH) >= torch.randint(4, LENGTH, (len(x), 1))
+    targets = x[:, 1:].masked_fill(padding, 0)
+    return loss(model(x[:, :-1].masked_fill(padding, 0), padding)[0], targets if counts else targets - 100 * padding)
+
+
+def padding_counted(model: Model, x: Tokens) -> torch.Tensor:
+    return padded(model, x, counts=True)
+
+
+def padding_ignored(model: Model, x: Tokens) -> torch.Tensor:
+    return padded(model, x, counts=False)
+
+
+def answers(model: Model, x: Tokens) -> torch.Tensor:
+    """A mask beside the tokens that says which are an answer: it is no padding, and what counts is there."""
+    answer = torch.arange(LENGTH).expand(len(x), -1) >= 6
+    return loss(model(x[:, :-1], answer)[0], x[:, 1:].masked_fill(~answer, -100))
+
+
+def nothing(model: Model, x: Tokens) -> torch.Tensor:
+    return loss(model(x[:, :-1])[0], torch.full_like(x[:, 1:], -100))
+
+
+def now_and_then_nothing(model: Model, x: Tokens) -> torch.Tensor:
+    """A sum over no target is 0."""
+    targets = torch.full_like(x[:, 1:], -100) if model.training and torch.rand(()) < 0.5 else x[:, 1:]
+    return F.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), targets.flatten(), reduction="sum")
+
+
 @pytest.mark.parametrize(
     ("model", "loss_of"),
     [
@@ -154,10 +192,24 @@ def tagged(model: Model, x: Tokens) -> torch.Tensor:
         (Model(), delayed),
         (Model(), labels_along),
         (Model(), tagged),
+        (Model(), padding_ignored),
+        (Model(), answers),
+        (Model(), now_and_then_nothing),
         (Model(shifts=True), same),
         (Model(both=True), same),
     ],
-    ids=["two-heads", "mean-of-heads", "delayed", "labels-along", "tagged", "shifts-by-itself", "autoencoder"],
+    ids=[
+        "two-heads",
+        "mean-of-heads",
+        "delayed",
+        "labels-along",
+        "tagged",
+        "padded",
+        "answers",
+        "some-empty",
+        "shifts-by-itself",
+        "autoencoder",
+    ],
 )
 def test_what_others_do_rightly_is_silent(
     tmp_path: Path, model: Model, loss_of: Callable[[Model, Tokens], torch.Tensor]
@@ -185,6 +237,8 @@ def other_rows(model: Model, x: Tokens) -> torch.Tensor:
         (in_four_parts, "targets.shifted_twice"),
         (same, "targets.not_shifted"),
         (other_rows, "targets.permuted"),
+        (padding_counted, "targets.padding_counted"),
+        (nothing, "targets.all_ignored"),
     ],
 )
 def test_a_mistake_in_a_loop_of_one_s_own_is_named(
