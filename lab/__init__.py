@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.catalogue import Fault, Plugin, Probe, fault, plugin, probe, rule
 from lab.diagnosis.model import Cause, Diagnosis, Finding, Symptom
-from lab.errors import BadInput, LabError, NotChecked
+from lab.errors import BadInput, LabError, LookAgain, NotChecked
 from lab.lazy import torch
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "Finding",
     "History",
     "LabError",
+    "LookAgain",
     "Metric",
     "NotChecked",
     "Plugin",

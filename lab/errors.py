@@ -25,6 +25,10 @@ class NotChecked(Exception):  # noqa: N818 - an answer rather than an error
     """Raised by a rule or an examination that cannot judge; its text is the reason that the verdict lists."""
 
 
+class LookAgain(NotChecked):
+    """Raised by a rule that has a suspicion and needs one look more: the next step is examined too."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the known word nearest to `word`, or all of them when they are few."""
     words = sorted(set(known))

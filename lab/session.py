@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from lab.store import Row
 
 
+SOON = 3  # steps that are judged whether they are examined or not: what is wrong from the start is told at once
+
+
 class Session:
     """Watches one run.
 
     Args:
         run: With its model, optimiser and sites attached.
         catalogue: The rules and causes to judge by.
-        examine_every: The cadence of experiments, in steps. A new symptom calls for one more at the next step.
+        examine_every: The cadence of experiments, in steps. It becomes a fifth of the run so far, once that is more,
+            up to ten times as much. A new symptom, or a suspicion, calls for one more at the next step.
         agree: Whether any process of several wants to look again. An experiment calls the model, and the processes
             may have to call it together.
     """
@@ -44,6 +48,7 @@ class Session:
         self.store = Store(run.folder / METRICS)
         self._known: set[tuple[str, str]] = set()
         self._look_again = False
+        self._next = 0  # the step that is examined next, whatever is found before
         self._loss_was_finite = True
         self._reasons: dict[str, str] = {}
 
@@ -61,7 +66,10 @@ class Session:
 
     def begin_step(self, step: Step) -> None:
         """Make a step the current one, and decide whether it is examined."""
-        step.examined = step.index % self.examine_every == 0 or self._look_again
+        step.examined = step.index >= self._next or self._look_again
+        if step.index >= self._next:
+            every = self.examine_every
+            self._next = step.index + max(every, min(step.index // 5, 10 * every))
         self.run.step = step
 
     def before_update(self, step: Step) -> None:
@@ -75,8 +83,8 @@ class Session:
             self._examine(step)
         row = self._flush(step)
         self._look_again = False
-        if step.examined or self._loss_broke(row):
-            self._look_again = bool(self._judge(step))
+        if self._loss_broke(row) or step.examined or step.index < SOON:
+            self._look_again = self._judge(step)
         self._look_again = self.agree(self._look_again)
         # Nothing of this step may outlive it: its graph would hold the activations.
         step.logits = step.loss = None
@@ -89,7 +97,7 @@ class Session:
             if not run.step.examined or self._look_again:
                 self._examine(run.step)
                 self._flush(run.step)
-                if self.agree(bool(self._judge(run.step))):
+                if self.agree(self._judge(run.step)):
                     self._examine(run.step)
                     self._flush(run.step)
             self.fact("ended", f"after step {run.step.index}")
@@ -103,16 +111,17 @@ class Session:
         run.plugins.event("lab_end", run, diagnosis=diagnosis)
         return diagnosis
 
-    def state(self) -> dict[str, bool]:
+    def state(self) -> dict[str, int]:
         """What the next step depends on, for a checkpoint."""
-        return {"look_again": self._look_again, "loss_was_finite": self._loss_was_finite}
+        return {"look_again": self._look_again, "loss_was_finite": self._loss_was_finite, "next": self._next}
 
-    def resume(self, step: int, state: dict[str, bool]) -> None:
+    def resume(self, step: int, state: dict[str, int]) -> None:
         """Go on from a checkpoint before `step`: what was recorded later is forgotten, and will be recorded again."""
         self.store.rewind(step)
         self.run.history = read_history(self.store.path)
-        self._look_again = state.get("look_again", False)
-        self._loss_was_finite = state.get("loss_was_finite", True)
+        self._look_again = bool(state.get("look_again", False))
+        self._loss_was_finite = bool(state.get("loss_was_finite", True))
+        self._next = state.get("next", 0)
         findings = self.run.folder / FINDINGS
         lines = findings.read_text(encoding="utf-8").splitlines(keepends=True) if findings.is_file() else []
         kept = [line for line in lines if json.loads(line)["step"] < step]
@@ -154,13 +163,13 @@ class Session:
         self._loss_was_finite = all(math.isfinite(row.values[i]) for i in where)
         return not self._loss_was_finite
 
-    def _judge(self, step: Step) -> list[Symptom]:
-        """Apply the rules to what is known; announce and return the symptoms that are new."""
+    def _judge(self, step: Step) -> bool:
+        """Apply the rules to what is known, and tell what is new; whether the next step should be examined too."""
         self._note_reasons()
-        symptoms, *_ = judge(self.run.history, self.catalogue)
-        new = self._tell(symptoms, step)
+        found = judge(self.run.history, self.catalogue)
+        new = self._tell(found.symptoms, step)
         self.store.commit()
-        return new
+        return bool(new or found.suspects)
 
     def _tell(self, symptoms: tuple[Symptom, ...] | list[Symptom], step: Step) -> list[Symptom]:
         new = [s for s in symptoms if (s.id, s.at) not in self._known]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -278,6 +278,8 @@ def data_constant(history: History) -> Iterator[Symptom]:
         raise NotChecked("more goes into the model than tokens, or the targets are not known")
     begin = run_of(series.values == 1)
     asked = tokens.values[np.isin(tokens.steps, series.steps[begin:])].sum()
+    if 0 < len(series) - begin < STEPS:
+        raise LookAgain(f"so in the newest {len(series) - begin} of the measured steps; {STEPS} tell")
     if len(series) - begin >= STEPS and asked >= TOKENS:
         step = int(series.steps[begin])
         text = f"from step {step} on every token of the inputs is the same, while the targets differ"

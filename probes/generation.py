@@ -78,7 +78,7 @@ class Generation(Probe):
 
     def lab_examine(self, run: Run, step: Step) -> None:
         suspect = run.history.last("generation.cached_gap") > ROUNDING
-        if step.index >= self._next or suspect:
+        if step.index >= self._next or suspect or (run.steps is not None and step.index == run.steps - 1):
             self._next = step.index + EVERY
             self._reason = ""
             try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +58,7 @@ class Objective(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         parts, self._parts = self._parts, []
-        if not (self.due(step) or self._surprised(run)) or step.loss is None or step.logits is None:
+        if not (self.due(step) or step.examined or self._surprised(run)) or step.loss is None or step.logits is None:
             return
         if step.loss.numel() != 1 or step.loss.dtype not in (torch.float32, torch.float64):
             return
@@ -146,7 +146,7 @@ def _wrong_from(history: History, form: NDArray[np.float64]) -> tuple[int, float
         told = apart[first:] & np.isfinite(loss[first:])
         if np.all(wrong[first:][told]):
             if len(where) < 2:
-                raise NotChecked("one step was seen in which the loss may be another form; the next tells")
+                raise LookAgain("one step was seen in which the loss may be another form; the next tells")
             return int(series.steps[first]), float(loss[first]), float(right[first])
     if not np.any(_same(loss, right)):
         raise NotChecked("the loss is no form of the cross-entropy of the logits that is known here")
@@ -225,7 +225,7 @@ def objective_sign(history: History) -> Iterator[Symptom]:
     if learned:
         raise NotChecked("training climbs from a model that had learned something: it may be meant to unlearn")
     if len(where) < 2:
-        raise NotChecked("one step was seen that climbs; the next tells whether it is the rule")
+        raise LookAgain("one step was seen that climbs; the next tells whether it is the rule")
     yield Symptom(
         at="",
         since=int(steps[first]),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -200,6 +200,12 @@ def run_of(wrong: NDArray[np.bool_]) -> int:
     return int(right[-1]) + 1 if len(right) else 0
 
 
+def _enough(steps: int) -> None:
+    """Ask for another look while it has been wrong in some steps, and in too few to tell."""
+    if 0 < steps < STEPS:
+        raise LookAgain(f"wrong in the newest {steps} of the measured steps; {STEPS} tell")
+
+
 def _one_sequence(history: History) -> None:
     """Say why targets were not compared with inputs, if they were not."""
     if not history.sites("targets.share"):
@@ -221,10 +227,11 @@ def _always(history: History, offset: int) -> tuple[int, float] | None:
     series, after = history.series("targets.share", str(offset)), history.series("targets.share", "1").values
     begin = run_of((series.values == 1) & (after < 1))
     sole, asked = _sole_at(history, series)[begin:], history.series("targets.asked").values[begin:]
-    if len(sole) < STEPS or asked.sum() < ASKED:
-        return None
-    if not np.all(sole == 1):
+    if len(sole) and not np.all(sole == 1):
         raise NotChecked("more is learned than these targets: they need not be causal")
+    _enough(len(sole))
+    if asked.sum() < ASKED:
+        return None
     return int(series.steps[begin]), float(after[begin])
 
 
@@ -311,6 +318,7 @@ def targets_another_row(history: History) -> Iterator[Symptom]:
     if not len(series):
         raise NotChecked("no positions or rows enough to tell the targets of one row from those of another")
     begin = run_of(series.values > 0)
+    _enough(len(series) - begin)
     if len(series) - begin >= STEPS:
         step, share = int(series.steps[begin]), float(series.values[begin])
         yield Symptom(
@@ -337,6 +345,7 @@ def targets_none(history: History) -> Iterator[Symptom]:
     """
     series, sole = history.series("targets.counted"), history.series("targets.sole").values
     begin = run_of((series.values == 0) & (sole == 1))
+    _enough(len(series) - begin)
     if len(series) - begin >= STEPS:
         step = int(series.steps[begin])
         text = f"from step {step} on no target counts: all are ignored by the loss"
@@ -362,6 +371,7 @@ def targets_padding(history: History) -> Iterator[Symptom]:
         raise NotChecked("the model is told of no padding")
     steps, wrong = series.steps[known], ((series.values == 1) & (_sole_at(history, series) == 1))[known]
     begin = run_of(wrong)
+    _enough(len(wrong) - begin)
     if len(wrong) - begin >= STEPS:
         step = int(steps[begin])
         text = f"from step {step} on every position in the padding has a target that counts"

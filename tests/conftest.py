@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from lab.manager import discover
 from lab.runtime.run import run_once
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from lab.diagnosis.model import Diagnosis
     from lab.store import History
 
+# A busy machine is no reason for a test to fail.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 # Two processes on two cores: a thread each.
 torch.set_num_threads(1)
 

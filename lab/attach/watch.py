@@ -59,7 +59,7 @@ def watch(
         out: The run folder; by default a new one in ``runs``.
         plugins: More to take part, such as a fault or a probe of your own.
         catalogue: Where probes, rules and causes are found; by default everything that is installed.
-        examine_every: The cadence of experiments, in steps.
+        examine_every: The cadence of experiments, in steps; later in the run more seldom (see `lab.session.Session`).
 
     Raises:
         BadInput: `out` holds a run already.

@@ -12,10 +12,13 @@ from lab.errors import BadInput
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--all", "whole", is_flag=True, help="Say of each check what it asks.")
 @json_option
 @plugin_option
-def diagnose(run: Path, *, as_json: bool, plugins: tuple[str, ...]) -> int:
+def diagnose(run: Path, *, whole: bool, as_json: bool, plugins: tuple[str, ...]) -> int:
     """Diagnose what is in the folder RUN, also of a run that goes on or was killed.
+
+    What was checked is listed by subject; with `--all`, each check in words.
 
     Exit status: 0 when it is healthy, 1 when it is faulty or nothing can be said.
     """
@@ -34,5 +37,5 @@ def diagnose(run: Path, *, as_json: bool, plugins: tuple[str, ...]) -> int:
 
         from lab.cli.report import print_diagnosis
 
-        print_diagnosis(diagnosis, Console(), str(run))
+        print_diagnosis(diagnosis, Console(), str(run), whole=whole)
     return 0 if diagnosis.verdict == "healthy" else 1

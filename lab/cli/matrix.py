@@ -13,15 +13,25 @@ from lab.errors import BadInput, nearest
 from lab.projects import PROJECTS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
-    from lab.matrix.report import Summary
+    from lab.matrix.cells import Cell
+    from lab.matrix.report import Pairs, Summary, Unknown
+    from lab.matrix.run import Row
+
+# Of so many pairs that are drawn, about one is compatible.
+DRAWN = 4
 
 
 @click.command()
 @click.option("--project", default="", help="Of one project only.")
 @click.option("--fault", default="", help="Of one fault only, beside the healthy runs.")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Configurations a project.")
+@click.option("--seeds", type=click.IntRange(0, 1000), default=1, show_default=True, help="Configurations a project.")
+@click.option("--healthy", type=click.IntRange(0, 100_000), default=0, help="So many more healthy runs.")
+@click.option("--pairs", type=click.IntRange(0, 10_000), default=0, help="So many pairs of faults, in one run each.")
+@click.option("--unknown", type=click.IntRange(0, 10_000), default=0, help="So many faults whose cause is taken away.")
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes; by default as many as cores.")
 @click.option("--held-out", is_flag=True, help="The configurations that are for measuring only.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("matrix"), show_default=True, help="Its folder.")
@@ -32,6 +42,9 @@ def matrix(
     project: str,
     fault: str,
     seeds: int,
+    healthy: int,
+    pairs: int,
+    unknown: int,
     jobs: int | None,
     held_out: bool,
     out: Path,
@@ -40,7 +53,8 @@ def matrix(
 ) -> int:
     """Run every fault in every project where it applies, beside healthy runs, and say what was found, named and placed.
 
-    Rows are kept as they come: a matrix that was stopped goes on where it was when it is called again.
+    Rows are kept as they come: a matrix that was stopped goes on where it was when it is called again. `--healthy`,
+    `--pairs` and `--unknown` come on top; with `--seeds 0` they are all there is.
 
     Exit status: 0 when every fault was found and no healthy run was called faulty, 1 when not.
     """
@@ -50,48 +64,96 @@ def matrix(
         raise BadInput(f"--project {project}: no such project{nearest(project, known)}")
     if fault and fault not in catalogue.faults:
         raise BadInput(f"--fault {fault}: no such fault{nearest(fault, catalogue.faults)}")
+    from lab.matrix.cells import cells, healthy_cells, pair_cells, unknown_cells
+    from lab.matrix.report import Unknown, pair_up, summarise
+
+    which = "held-out" if held_out else "develop"
+    sweep = [*cells(catalogue, which=which, seeds=seeds, project=project, fault=fault)] if seeds else []  # type: ignore[arg-type]
+    more = [cell for cell in healthy_cells(healthy, which) if cell not in sweep]  # type: ignore[arg-type]
+    paired = [*pair_cells(catalogue, DRAWN * pairs, which)]  # type: ignore[arg-type]
+    blind = [*unknown_cells(catalogue, unknown, which)]  # type: ignore[arg-type]
+    rows = _run([*sweep, *more, *paired, *blind], out, jobs or os.cpu_count() or 1, plugins)
+    summary = summarise([rows[cell.key] for cell in (*sweep, *more)])
+    both = pair_up([rows[cell.key] for cell in paired], pairs)
+    nameless = Unknown(tuple(rows[cell.key] for cell in blind if rows[cell.key]["applies"]))
+    if as_json:
+        told = {"pairs": both.to_dict()} if pairs else {}
+        told |= {"unknown": nameless.to_dict()} if unknown else {}
+        print_json({**summary.to_dict(), **told})
+    else:
+        from rich.console import Console
+
+        console = Console()
+        _print(summary, console)
+        _print_more(both, nameless, console)
+    found = all(row["detected"] for row in summary.broken)
+    return 0 if found and not summary.false_alarms else 1
+
+
+def _run(wanted: Sequence[Cell], out: Path, jobs: int, plugins: tuple[str, ...]) -> dict[str, Row]:
+    """Run the cells, each once, with a progress bar; return their rows by key."""
     from rich.console import Console
     from rich.progress import track
 
-    from lab.matrix.cells import cells
-    from lab.matrix.report import summarise
     from lab.matrix.run import run_cells
 
-    which = "held-out" if held_out else "develop"
-    wanted = [*cells(catalogue, which=which, seeds=seeds, project=project, fault=fault)]  # type: ignore[arg-type]
-    running = run_cells(wanted, out, jobs=jobs or os.cpu_count() or 1, plugins=plugins)
+    once = [*{cell.key: cell for cell in wanted}.values()]
     err = Console(stderr=True)
-    rows = [*track(running, "matrix", total=len(wanted), console=err, transient=True, disable=not err.is_terminal)]
-    summary = summarise(rows)
-    if as_json:
-        print_json(summary.to_dict())
-    else:
-        _print(summary, Console())
-    found = all(row["detected"] for row in summary.broken)
-    return 0 if found and not summary.false_alarms else 1
+    running = run_cells(once, out, jobs=jobs, plugins=plugins)
+    shown = track(running, "matrix", total=len(once), console=err, transient=True, disable=not err.is_terminal)
+    return {row["key"]: row for row in shown}
 
 
 def _print(summary: Summary, console: Console) -> None:
     from rich.table import Table
 
-    table = Table("fault", "runs", "found", "named", "placed", "steps until seen", "seen only by")
-    for column in table.columns[1:6]:
-        column.justify = "right"
-    for line in summary.lines:
-        placed, asked = line.placed
-        delay = "" if line.delay is None else f"{line.delay:g}"
-        figures = (len(line.rows), line.count("detected"), line.count("named"))
-        table.add_row(line.fault, *map(str, figures), f"{placed}/{asked}" if asked else "", delay, ", ".join(line.only))
-    console.print(table)
+    if summary.lines:
+        table = Table("fault", "runs", "found", "named", "placed", "steps until told", "seen only by")
+        for column in table.columns[1:6]:
+            column.justify = "right"
+        for line in summary.lines:
+            placed, asked = line.placed
+            delay = "" if line.delay is None else f"{line.delay:g}"
+            figures = (len(line.rows), line.count("detected"), line.count("named"))
+            only = ", ".join(line.only)
+            table.add_row(line.fault, *map(str, figures), f"{placed}/{asked}" if asked else "", delay, only)
+        console.print(table)
     told = summary.to_dict()
-    console.print(
-        f"{told['faults']} faults, {told['runs']} runs: {told['detected']} found, {told['named']} named first, "
-        f"{told['located']} of {told['with_a_place']} placed; "
-        f"{told['healthy_runs']} healthy runs, {told['false_alarms']} false alarms; {told['seconds']:.0f} s of work",
-        highlight=False,
-    )
+    if summary.broken:
+        console.print(
+            f"{told['faults']} faults, {told['runs']} runs: {told['detected']} found, {told['named']} named first, "
+            f"{told['located']} of {told['with_a_place']} placed; median steps until told: "
+            f"{_steps(summary.delay(late=False))} from the start, {_steps(summary.delay(late=True))} of faults that "
+            "begin late",
+            highlight=False,
+        )
+    if summary.healthy:
+        console.print(f"{told['healthy_runs']} healthy runs, {told['false_alarms']} false alarms", highlight=False)
+    console.print(f"{told['seconds']:.0f} s of work", highlight=False)
     for row in summary.false_alarms:
         console.print(f"[red]false alarm[/] {row['key']}: {', '.join(row['symptoms'])}", highlight=False)
     for row in summary.broken:
         if row.get("error"):
             console.print(f"[red]failed[/] {row['key']}: {row['error']}", highlight=False)
+
+
+def _steps(delay: float | None) -> str:
+    return "-" if delay is None else f"{delay:g}"
+
+
+def _print_more(pairs: Pairs, unknown: Unknown, console: Console) -> None:
+    if pairs.rows:
+        text = f"{len(pairs.rows)} pairs: {pairs.both_named} with both among the first three causes"
+        console.print(f"{text} ({pairs.left_out} pairs left out: one alone is not named, or ends it)", highlight=False)
+        for row in pairs.rows:
+            if not row["named"]:
+                named = ", ".join(row["causes"]) or "nothing"
+                console.print(f"[yellow]not both[/] {row['fault']} in {row['project']}: {named}", highlight=False)
+    if unknown.rows:
+        console.print(
+            f"{len(unknown.rows)} faults whose cause was taken away: {len(unknown.misnamed)} called something else",
+            highlight=False,
+        )
+        for row in unknown.misnamed:
+            text = f"{row['causes'][0]}, on {row['score']:.0%} of the evidence"
+            console.print(f"[yellow]misnamed[/] {row['fault']} in {row['project']}: {text}", highlight=False)

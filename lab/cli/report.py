@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import RenderableType
 
     from lab.diagnosis.model import Diagnosis, Finding
@@ -38,8 +40,13 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     )
 
 
-def print_diagnosis(diagnosis: Diagnosis, console: Console, title: str, *more: RenderableType) -> None:
-    """Print what is wrong with a run, where, since when, on what evidence, and how to repair it."""
+def print_diagnosis(
+    diagnosis: Diagnosis, console: Console, title: str, *more: RenderableType, whole: bool = False
+) -> None:
+    """Print what is wrong with a run, where, since when, on what evidence, and how to repair it.
+
+    What was checked comes by subject; with `whole`, each check with what it says.
+    """
     colour = COLOUR[diagnosis.verdict]
     parts: list[RenderableType] = []
     for place, cause in enumerate(diagnosis.causes, 1):
@@ -48,7 +55,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console, title: str, *more: R
         parts.append(Text("No cause that the lab knows explains:", style="bold yellow"))
         parts += [Padding(Text(f"• {symptom.text}"), (0, 0, 0, 3)) for symptom in diagnosis.unexplained]
         parts.append(Text())
-    parts += [_coverage(diagnosis), *([Text(), *more] if more else [])]
+    parts += [_each_check(diagnosis) if whole else _coverage(diagnosis), *([Text(), *more] if more else [])]
     heading = Text.assemble((f" {diagnosis.verdict} ", f"bold {colour} reverse"), f" {title} ")
     console.print(Panel(Group(*parts), title=heading, title_align="left", border_style=colour, padding=(1, 2)))
 
@@ -72,18 +79,53 @@ def _cause(place: int, cause: Finding) -> RenderableType:
     return Group(heading, Padding(facts, (0, 0, 0, 3)))
 
 
-def _coverage(diagnosis: Diagnosis) -> RenderableType:
-    """What was checked, and what was not: a verdict is worth no more than that."""
-    lines = Table.grid(padding=(0, 2))
-    lines.add_column(style="dim", no_wrap=True)
-    lines.add_column()
+def _good(diagnosis: Diagnosis) -> dict[str, str]:
+    """What was checked and found right: id to title."""
     found = {symptom.id for symptom in diagnosis.symptoms}
-    good = [title for id, title in diagnosis.checked.items() if id not in found]
-    lines.add_row("checked", Text("\n".join(f"✓ {title}" for title in good) or "nothing", style="green"))
+    return {id: title for id, title in diagnosis.checked.items() if id not in found}
+
+
+def _each_check(diagnosis: Diagnosis) -> RenderableType:
+    """What was checked, in words, and what was not, with the reason: a verdict is worth no more than that."""
+    lines = _grid()
+    lines.add_row("checked", Text("\n".join(f"✓ {title}" for title in _good(diagnosis).values()) or "nothing", "green"))
     if diagnosis.not_checked:
         text = "\n".join(f"{id}: {reason}" for id, reason in diagnosis.not_checked.items())
         lines.add_row("not checked", Text(text, style="yellow"))
     return lines
+
+
+def _coverage(diagnosis: Diagnosis) -> RenderableType:
+    """The same in short: what was checked by subject, and what was not by reason."""
+    lines = _grid()
+    good = _good(diagnosis)
+    if not good:
+        lines.add_row("checked", Text("nothing", style="green"))
+    subjects = _grouped((id.partition(".")[0], id.partition(".")[2]) for id in good)
+    for number, (subject, names) in enumerate(subjects.items()):
+        text = Text.assemble(("✓ ", "green"), subject, (f"  {' · '.join(names)}", "dim"))
+        lines.add_row("checked" if number == 0 else "", text)
+    if good:
+        lines.add_row("", Text(f"{len(good)} checks found nothing; lab diagnose RUN --all says each in words", "dim"))
+    reasons = _grouped((reason, id) for id, reason in diagnosis.not_checked.items())
+    for number, (reason, ids) in enumerate(reasons.items()):
+        text = Text.assemble((", ".join(ids), "yellow"), (f"  {reason}", "dim"))
+        lines.add_row("not checked" if number == 0 else "", text)
+    return lines
+
+
+def _grid() -> Table:
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="dim", no_wrap=True)
+    lines.add_column()
+    return lines
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, member in pairs:
+        groups.setdefault(name, []).append(member)
+    return groups
 
 
 def _checks(checks: tuple[Check, ...]) -> RenderableType:

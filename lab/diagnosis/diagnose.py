@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lab.diagnosis.model import Cause, Diagnosis, Finding, Symptom, Verdict
-from lab.errors import NotChecked, one_line
+from lab.errors import LookAgain, NotChecked, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ EVIDENCE_SHOWN = 6
 
 def diagnose(history: History, catalogue: Catalogue) -> Diagnosis:
     """Judge a run by every rule, and explain what they find."""
-    symptoms, checked, not_checked, raised = judge(history, catalogue)
+    symptoms, checked, not_checked, raised, _ = judge(history, catalogue)
     findings, unexplained = explain(symptoms, catalogue.causes.values())
     for name in _set_aside(history):
         not_checked[name] = f"the probe was set aside: {history.reasons.get(name, 'it raised')}"
@@ -65,21 +65,37 @@ def _verdict(symptoms: list[Symptom], checked: dict[str, str], *, sound: bool) -
 # ---------------------------------------------------------------- symptoms
 
 
-def judge(
-    history: History, catalogue: Catalogue
-) -> tuple[list[Symptom], dict[str, str], dict[str, str], dict[str, str]]:
-    """Apply every rule.
+class Judgement(NamedTuple):
+    """What the rules say of a run so far.
 
-    Returns:
-        The symptoms, most upstream first; what was checked; what was not, and why; and of these, the rules that raised.
+    Attributes:
+        symptoms: Most upstream first.
+        checked: Rule id to its title, for each rule that could judge.
+        not_checked: Rule id to the reason, for the others.
+        raised: Those of them that raised.
+        suspects: Those of them that have a suspicion, and need one look more.
     """
+
+    symptoms: list[Symptom]
+    checked: dict[str, str]
+    not_checked: dict[str, str]
+    raised: dict[str, str]
+    suspects: tuple[str, ...]
+
+
+def judge(history: History, catalogue: Catalogue) -> Judgement:
+    """Apply every rule."""
     symptoms: list[Symptom] = []
     checked: dict[str, str] = {}
     not_checked: dict[str, str] = {}
     raised: dict[str, str] = {}
+    suspects: list[str] = []
     for rule in catalogue.rules.values():
         try:
             found, reason = _apply(rule, history, catalogue.beside(rule))
+        except LookAgain as suspicion:
+            found, reason = [], str(suspicion)
+            suspects.append(rule.id)
         except Exception as error:  # noqa: BLE001 - a stranger's rule may raise anything; the others still count
             found, reason = [], f"the rule raised {one_line(error)}"
             raised[rule.id] = reason
@@ -88,7 +104,7 @@ def judge(
             not_checked[rule.id] = reason
         else:
             checked[rule.id] = rule.title
-    return sorted(symptoms, key=lambda s: s.when), checked, not_checked, raised
+    return Judgement(sorted(symptoms, key=lambda s: s.when), checked, not_checked, raised, tuple(suspects))
 
 
 def _apply(rule: Rule, history: History, probes: Sequence[str]) -> tuple[list[Symptom], str]:
@@ -102,6 +118,8 @@ def _apply(rule: Rule, history: History, probes: Sequence[str]) -> tuple[list[Sy
         for symptom in rule.judge(history):
             found.append(_complete(symptom, rule, history))  # noqa: PERF401 - what came before the end is kept
     except NotChecked as reason:
+        if not found and isinstance(reason, LookAgain):
+            raise
         if not found:
             return [], str(reason)
     return found, "" if found else "; ".join(reasons)

@@ -56,6 +56,11 @@ class Summary:
     healthy: tuple[Row, ...]
     seconds: float
 
+    def delay(self, *, late: bool) -> float | None:
+        """The median of the steps until something was told, of faults that begin late or of those from the start."""
+        delays = [row["delay"] for row in self.broken if row["delay"] is not None and row["late"] == late]
+        return statistics.median(delays) if delays else None
+
     @property
     def broken(self) -> list[Row]:
         """The rows of all runs with a fault."""
@@ -79,12 +84,82 @@ class Summary:
             "named": sum(row["named"] for row in broken),
             "located": sum(placed),
             "with_a_place": len(placed),
+            "delay_from_the_start": self.delay(late=False),
+            "delay_late": self.delay(late=True),
             "healthy_runs": len(self.healthy),
             "false_alarms": len(self.false_alarms),
             "not_checked": dict(unchecked.most_common()),
             "seconds": round(self.seconds, 1),
             "rows": [{name: row[name] for name in names} for row in (*broken, *self.healthy)],
         }
+
+
+def compatible(alone: Sequence[Row]) -> bool:
+    """Whether two faults can be asked for together: each alone is named, and the loss stays finite.
+
+    Where the loss is no number any more, nothing else can be measured, and no second fault be seen.
+    """
+    return all(row["applies"] and row["named"] and row["finite"] for row in alone)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two faults in one run.
+
+    Attributes:
+        rows: Of the compatible pairs that were asked for.
+        left_out: How many were drawn and are not compatible.
+    """
+
+    rows: tuple[Row, ...]
+    left_out: int
+
+    @property
+    def both_named(self) -> int:
+        """How many have both causes among the first three."""
+        return sum(row["named"] for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give this as JSON types."""
+        names = ("fault", "project", "seed", "detected", "named", "causes")
+        rows = [{name: row[name] for name in names} for row in self.rows]
+        return {"pairs": len(self.rows), "both_named": self.both_named, "left_out": self.left_out, "rows": rows}
+
+
+def pair_up(rows: Sequence[Row], wanted: int) -> Pairs:
+    """Take the first compatible pairs of rows that come as one fault, another, and both."""
+    kept: list[Row] = []
+    left_out = 0
+    for first, second, both in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
+        if len(kept) == wanted:
+            break
+        if both["applies"] and compatible((first, second)):
+            kept.append(both)
+        else:
+            left_out += 1
+    return Pairs(tuple(kept), left_out)
+
+
+CONFIDENT = 0.5  # the share of the evidence from which on a name is more than a guess
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Faults whose cause the diagnosis did not know."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def misnamed(self) -> list[Row]:
+        """Those that were called something else, by a cause that explains half of the evidence or more."""
+        return [row for row in self.rows if row["causes"] and row["score"] >= CONFIDENT]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give this as JSON types."""
+        names = ("fault", "project", "seed", "detected", "causes", "score")
+        rows = [{name: row[name] for name in names} for row in self.rows]
+        detected = sum(row["detected"] for row in self.rows)
+        return {"unknown": len(self.rows), "detected": detected, "misnamed": len(self.misnamed), "rows": rows}
 
 
 def summarise(rows: Sequence[Row]) -> Summary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -9,10 +10,11 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lab.errors import BadInput, one_line
-from lab.matrix.cells import Cell, aims, configured
+from lab.files import FINDINGS
+from lab.matrix.cells import Cell, aimed, aims, configured
 from lab.names import within
 
 if TYPE_CHECKING:
@@ -104,57 +106,84 @@ def _begin(plugins: tuple[str, ...]) -> None:
 def run_cell(cell: Cell) -> Row:
     """Run one cell; say what was found. A fault that finds no place in a project does not apply there."""
     assert _known is not None
-    from lab.runtime.run import find_device, run_once
-    from lab.scenario import make_faults
-
     catalogue, known = _known
-    aim = known.get(cell.fault)
+    if cell.without:
+        causes = {id: cause for id, cause in catalogue.causes.items() if id != cell.without}
+        catalogue = dataclasses.replace(catalogue, causes=causes)
     row: Row = {"key": cell.key, "fault": cell.fault, "project": cell.project, "seed": cell.seed}
     begun = time.monotonic()
     try:
-        scenario = configured(cell, aim)
-        faults = make_faults(scenario, catalogue, cell.key)
-        with tempfile.TemporaryDirectory(prefix="lab-matrix-") as folder:
-            place = find_device("cpu")
-            diagnosis, _ = run_once(cell.key, scenario, catalogue, Path(folder) / "run", faults, place, [])
+        used = [aimed(cell, known[fault]) for fault in cell.faults]
+        try:
+            ran = _run(cell, used, catalogue)
+        except BadInput as error:
+            if "from_step" not in str(error):
+                raise
+            used = [aimed(cell, known[fault], late=False) for fault in cell.faults]
+            ran = _run(cell, used, catalogue)
     except BadInput as error:
         return {**row, "applies": False, "reason": str(error)}
     except Exception as error:  # noqa: BLE001 - one cell that fails must not end the matrix
         return {**row, "applies": True, "error": one_line(error), **_nothing()}
-    from_step = int(scenario.fault[0].parameters.get("from_step", 0)) if scenario.fault else 0
-    seconds = {"seconds": round(time.monotonic() - begun, 2)}
-    return {**row, "applies": True, **judged(diagnosis, aim, from_step), **seconds}
+    about = {"finite": ran.finite, "seconds": round(time.monotonic() - begun, 2)}
+    return {**row, "applies": True, **judged(ran.diagnosis, used, ran.found_at), **about}
+
+
+class _Ran(NamedTuple):
+    """A run that ended: its diagnosis, the step at which the first symptom was told, whether the loss stayed finite."""
+
+    diagnosis: Diagnosis
+    found_at: int | None
+    finite: bool
+
+
+def _run(cell: Cell, used: Sequence[Aim], catalogue: Catalogue) -> _Ran:
+    from lab.runtime.run import find_device, run_once
+    from lab.scenario import make_faults
+
+    scenario = configured(cell, used)
+    faults = make_faults(scenario, catalogue, cell.key)
+    with tempfile.TemporaryDirectory(prefix="lab-matrix-") as folder:
+        kept = Path(folder) / "run"
+        diagnosis, history = run_once(cell.key, scenario, catalogue, kept, faults, find_device("cpu"), [])
+        told = (kept / FINDINGS).read_text(encoding="utf-8").splitlines() if (kept / FINDINGS).is_file() else []
+    loss = history.series("loss")
+    return _Ran(diagnosis, json.loads(told[0])["step"] if told else None, len(loss) == len(loss.finite))
 
 
 def _nothing() -> Row:
     found: Row = {"detected": False, "named": False, "located": None, "delay": None, "at": "", "causes": []}
-    return {**found, "symptoms": [], "checked": [], "not_checked": {}}
+    return {**found, "symptoms": [], "checked": [], "not_checked": {}, "finite": True, "late": False, "score": 0.0}
 
 
-def judged(diagnosis: Diagnosis, aim: Aim | None, from_step: int) -> Row:
-    """Compare a diagnosis with the fault: was anything found, was its cause named first, in its place, how soon?
+def judged(diagnosis: Diagnosis, used: Sequence[Aim], found_at: int | None) -> Row:
+    """Compare a diagnosis with the faults: was anything found, was the cause named first, in its place, how soon?
 
-    A place is right when it is the one expected, holds it or is held by it, or is one of several that were broken.
-    ``located`` is None where none is expected.
+    Of several faults all have to be named, in the first three causes; places are asked of one fault alone. A place is
+    right when it is the one expected, holds it or is held by it, or is one of several that were broken. ``located`` is
+    None where none is expected.
     """
     first = diagnosis.causes[0] if diagnosis.causes else None
     row: Row = {
+        **_nothing(),
         "detected": diagnosis.verdict == "faulty",
-        "named": False,
-        "located": None,
-        "delay": None,
         "at": first.at if first else "",
         "causes": [cause.id for cause in diagnosis.causes],
+        "score": first.score if first else 0.0,
         "symptoms": sorted({symptom.id for symptom in diagnosis.symptoms}),
         "checked": sorted(diagnosis.checked),
         "not_checked": dict(diagnosis.not_checked),
     }
-    if aim is None:
+    if not used:
         return row
-    if diagnosis.symptoms:
-        row["delay"] = min(symptom.since for symptom in diagnosis.symptoms) - from_step
-    row["named"] = first is not None and first.id == aim.cause
-    if aim.at:
+    begins = min(aim.from_step for aim in used)
+    row["late"] = begins > 0
+    if found_at is not None:
+        row["delay"] = found_at - begins
+    named = row["causes"][: 1 if len(used) == 1 else 3]
+    row["named"] = all(aim.cause in named for aim in used)
+    (aim, *others) = used
+    if aim.at and not others:
         right = first is not None and (within(first.at, aim.at) or within(aim.at, first.at))
         row["located"] = right or (first is not None and bool(aim.reach) and within(first.at, aim.reach))
     return row

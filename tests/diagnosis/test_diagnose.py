@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import lab
 from lab.catalogue import Catalogue
-from lab.diagnosis.diagnose import diagnose, explain
+from lab.diagnosis.diagnose import diagnose, explain, judge
 from lab.diagnosis.model import Cause, Phase, Symptom
 from lab.store import History, Row
 
@@ -183,3 +183,14 @@ PAIRS = [
 def test_two_faults_at_once_are_both_named(small_run: SmallRun, pair: tuple[dict[str, object], ...]) -> None:
     diagnosis, _ = small_run(faults=list(pair))
     assert {c.id for c in diagnosis.causes} == {fault["id"] for fault in pair}
+
+
+def test_a_rule_that_wants_another_look_is_a_suspect_and_not_checked() -> None:
+    def unsure(_: History) -> list[Symptom]:
+        raise lab.LookAgain("one look more")
+
+    catalogue = Catalogue(rules={"a.b": lab.rule("a.b", title="t", reads=(), basis="theory")(unsure)})
+    found = judge(History(), catalogue)
+    assert found.suspects == ("a.b",)
+    assert found.not_checked == {"a.b": "one look more"}
+    assert not found.raised

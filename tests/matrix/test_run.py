@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lab.cli import status_of
-from lab.matrix.cells import cells
-from lab.matrix.report import summarise
+from lab.matrix.cells import Cell, cells
+from lab.matrix.report import Unknown, pair_up, summarise
 from lab.matrix.run import ROWS, run_cells
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def row(fault: str, **changes: Any) -> dict[str, Any]:
         "checked": [],
         "not_checked": {},
         "seconds": 1.0,
+        "finite": True,
+        "late": False,
+        "score": 1.0,
     }
     return {**made, **changes}
 
@@ -44,7 +47,7 @@ def test_counts() -> None:
         [
             row("x"),
             row("x", named=False, located=False, delay=4, symptoms=["a", "b"]),
-            row("x", located=True, delay=2),
+            row("x", located=True, delay=2, late=True),
             row("y", detected=False, named=False, delay=None, symptoms=[], not_checked={"r": "why"}),
             row("z", applies=False),
             row(""),
@@ -55,6 +58,7 @@ def test_counts() -> None:
     expected = {"faults": 2, "runs": 4, "detected": 3, "named": 2, "located": 1, "with_a_place": 2}
     assert {key: told[key] for key in expected} == expected
     assert (told["healthy_runs"], told["false_alarms"], told["not_checked"]) == (2, 1, {"r": 1})
+    assert (told["delay_from_the_start"], told["delay_late"]) == (2, 2)
     first, second = summary.lines
     assert (first.fault, first.delay, first.placed, first.only) == ("x", 2, (1, 2), ["a"])
     assert (second.delay, second.only) == (None, [])
@@ -88,6 +92,40 @@ def test_a_fault_without_a_place_does_not_apply(tmp_path: Path, catalogue: Catal
     (only,) = run_cells(wanted, tmp_path, jobs=1)
     assert not only["applies"]
     assert "no site" in only["reason"]
+
+
+def test_pairs_are_counted_where_both_can_be_seen() -> None:
+    good, both = row("x"), row("x + y", named=True)
+    rows = [
+        *(good, row("y"), both),
+        *(good, row("y", named=False), both),  # one is not found alone
+        *(good, row("y", finite=False), both),  # one ends the run
+        *(good, row("y"), row("x + y", applies=False)),
+        *(good, row("y"), row("x + y", named=False)),
+        *(good, row("y"), both),
+    ]
+    pairs = pair_up(rows, 2)
+    assert (len(pairs.rows), pairs.both_named, pairs.left_out) == (2, 1, 3)
+    assert pair_up(rows, 9).both_named == 2
+
+
+def test_a_name_counts_as_wrong_where_it_explains_half() -> None:
+    names = [row("x", causes=["a"], score=s) for s in (0.4, 0.5)]
+    assert Unknown((*names, row("x", causes=[]))).misnamed == [names[1]]
+
+
+def test_a_fault_that_is_not_known_is_found_and_not_named(tmp_path: Path, catalogue: Catalogue) -> None:
+    cell = Cell(("mask.blocks_past",), "attention", "healthy-attention", 1, "develop", "mask.blocks_past")
+    assert catalogue.faults["mask.blocks_past"].info.cause == cell.without
+    (only,) = run_cells([cell], tmp_path, jobs=1)
+    assert (only["detected"], only["causes"]) == (True, [])
+
+
+def test_two_faults_are_both_named(tmp_path: Path) -> None:
+    faults = ("mask.future_leak", "optimizer.missing_parameter")
+    (only,) = run_cells([Cell(faults, "attention", "healthy-attention", 0, "develop")], tmp_path, jobs=1)
+    assert only["named"]
+    assert only["fault"] == "mask.future_leak + optimizer.missing_parameter"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,6 @@ def test_what_a_history_shows(twins: list[float], size: list[float], expected: s
     columns = (("flow.twins", "w"), ("flow.size", "w"), ("flow.slope", "w"))
     for i, pair in enumerate(zip(twins, size, strict=True)):
         history.add(10 * i, Row(columns, np.array([*pair, float(size[0] > 0)])))
-    symptoms, _, not_checked, _ = judge(history, discover())
-    assert {s.id for s in symptoms} == expected
-    assert ("flow.zero" in not_checked) == (len(size) < 3)
+    found = judge(history, discover())
+    assert {s.id for s in found.symptoms} == expected
+    assert ("flow.zero" in found.not_checked) == (len(size) < 3)
