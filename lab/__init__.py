@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lab.catalogue import Fault, Plugin, Probe, fault, plugin, probe, rule
 from lab.diagnosis.model import Cause, Diagnosis, Finding, Symptom
 from lab.errors import BadInput, LabError, LookAgain, NotChecked
-from lab.lazy import torch
+from lab.lazy import numpy, torch
 
 if TYPE_CHECKING:
     from lab.attach.watch import watch as watch
@@ -47,6 +47,7 @@ __all__ = [
     "__version__",
     "fault",
     "load",
+    "numpy",
     "plugin",
     "probe",
     "rule",

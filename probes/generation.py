@@ -6,9 +6,8 @@ import dataclasses
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lab import LabError, NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -150,20 +150,21 @@ def healthy_cells(count: int, which: Which = "develop") -> Iterator[Cell]:
 def pair_cells(catalogue: Catalogue, count: int, which: Which = "develop") -> Iterator[Cell]:
     """Yield so many pairs of faults of different causes, each after its two faults alone in the same configuration.
 
-    Both must act in one process and in one project: that of the first. Whether the two are compatible is only known
-    when each was run alone (see `lab.matrix.report.compatible`).
+    The configuration is that of the sweep, in the project of the first, so that each alone need not be run again. Both
+    must act in one process. Whether they are compatible is known when each was run (`lab.matrix.report.compatible`).
     """
     known = aims(catalogue)
     draw = random.Random(f"pairs {which}")  # noqa: S311 - no secret
     single = [name for name, aim in known.items() if not _several(_bases()[aim.project])]
-    for number in range(count):
+    pairs: set[tuple[str, str]] = set()
+    while len(pairs) < count:
         first, second = draw.sample(single, 2)
-        if known[first].cause == known[second].cause:
+        if known[first].cause == known[second].cause or (first, second) in pairs:
             continue
+        pairs.add((first, second))
         project = known[first].project
-        seed = FIRST_SEED[which] + number
         for faults in ((first,), (second,), (first, second)):
-            yield Cell(faults, project, _bases()[project], seed, which)
+            yield Cell(faults, project, _bases()[project], FIRST_SEED[which], which)
 
 
 def unknown_cells(catalogue: Catalogue, count: int, which: Which = "develop") -> Iterator[Cell]:
@@ -244,7 +245,8 @@ def aimed(cell: Cell, aim: Aim, *, late: bool = True) -> Aim:
         aim: As its own scenario uses it.
         late: Whether it may begin later than there. A fault that acts when the run is built refuses to.
     """
-    draw = random.Random(f"{cell.key} {aim.section.id}")  # noqa: S311 - no secret
+    # The same alone and beside another fault.
+    draw = random.Random(f"{cell.which} {cell.project} {cell.seed} {aim.section.id}")  # noqa: S311 - no secret
     begins = draw.choice((0, draw.randint(EARLIEST, LATEST)))
     layer = str(draw.randrange(max(1, configured(cell).model.layers)))
     changes: dict[str, Any] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,15 +33,17 @@ Row = dict[str, Any]
 def run_cells(wanted: Sequence[Cell], folder: Path, *, jobs: int, plugins: Sequence[str] = ()) -> Iterator[Row]:
     """Yield a row for each cell: first those that `folder` holds already, then each as it is done.
 
+    Rows of another version of the code or of the scenarios are kept, and not used.
+
     Args:
         wanted: What to run.
         folder: Where rows are kept, so that a matrix that was stopped goes on.
         jobs: How many processes.
         plugins: Files and modules of plugins, for each process.
     """
-    path = folder / ROWS
+    path, version = folder / ROWS, _version(plugins)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = _read(path)
+    kept = {key: row for key, row in _read(path).items() if row.get("version") == version}
     left = []
     for cell in wanted:
         if cell.key in kept:
@@ -57,7 +61,7 @@ def run_cells(wanted: Sequence[Cell], folder: Path, *, jobs: int, plugins: Seque
         futures = [pool.submit(run_cell, cell) for cell in left]
         try:
             for future in as_completed(futures):
-                row = future.result()
+                row = {**future.result(), "version": version}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 yield row
@@ -73,6 +77,17 @@ def _make_starts(wanted: Sequence[Cell]) -> None:
 
     for base in dict.fromkeys(cell.base for cell in wanted):
         find_start(with_start(load_scenario(base)[1]), train_start)
+
+
+def _version(plugins: Sequence[str]) -> str:
+    """Return what stands for the code and the scenarios that make a row what it is."""
+    digest = hashlib.sha256()
+    packages = [importlib.import_module(f"lab{name}") for name in ("", ".faults", ".probes", ".scenarios")]
+    roots = [Path(package.__path__[0]) for package in packages]
+    files = {file for root in roots for kind in ("py", "toml") for file in root.rglob(f"*.{kind}")}
+    for file in sorted(files | {Path(name) for name in plugins if Path(name).is_file()}):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _read(path: Path) -> dict[str, Row]:

@@ -87,6 +87,16 @@ def test_a_slice_is_found_named_and_placed_and_goes_on_where_it_was(tmp_path: Pa
         assert {**again[found["key"]], "seconds": 0} == {**found, "seconds": 0}
 
 
+def test_rows_of_another_version_of_the_code_are_run_anew(tmp_path: Path, catalogue: Catalogue) -> None:
+    (cell,) = [c for c in cells(catalogue, project="linear") if not c.fault]
+    (tmp_path / ROWS).write_text(json.dumps({"key": cell.key, "version": "another", "applies": True}) + "\n")
+    (row,) = run_cells([cell], tmp_path, jobs=1)
+    assert row["version"] != "another"
+    assert row["checked"]
+    assert len((tmp_path / ROWS).read_text().splitlines()) == 2
+    assert list(run_cells([cell], tmp_path, jobs=1)) == [row]
+
+
 def test_a_fault_without_a_place_does_not_apply(tmp_path: Path, catalogue: Catalogue) -> None:
     wanted = [cell for cell in cells(catalogue, project="linear") if cell.fault == "mask.future_leak"]
     (only,) = run_cells(wanted, tmp_path, jobs=1)
