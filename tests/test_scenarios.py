@@ -30,6 +30,8 @@ NOT_THERE = (
     "weights are cut between the processes",
     "the formula of ShardedAdamW is not known here",
     "no adapter in this model",
+    "no convolution over positions in this model",
+    "no recurrence in this model",
     "no reference in this run",
     "no form of the cross-entropy",
     "no cache was found to work with this model",
