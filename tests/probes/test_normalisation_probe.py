@@ -75,7 +75,7 @@ class FormRMSNorm(nn.Module):
         if self.form == "wrongly centred":
             return plain * weight + 1
         if self.form == "by depth":
-            return plain * weight / 40**0.5
+            return plain * weight * 0.158
         return (plain if self.form == "right" else unit) * weight
 
 
