@@ -46,6 +46,7 @@ ZERO = Cause(
     id="init.zero",
     title="A weight starts at 0 and has no gradient to leave it",
     must=("flow.zero",),
+    may=("ffn.silent",),  # a ReLU of 0 is 0, with a slope of 0
     repair="Of two matrices in a row, at most one may start at 0: the gradient of each is a product with the other.",
     refute="The gradient of the weight named is not 0 at some step.",
     look="The initialisation of the layers before and after the one named.",

@@ -51,6 +51,28 @@ EPS_HUGE = Cause(
     source="PyTorch documentation: torch.nn.LayerNorm, eps",
 )
 
+SHIFTED = Cause(
+    id="norm.shifted",
+    title="A norm adds a constant to what it gives out",
+    must=("norm.offset",),
+    repair="Give out x_hat * weight + bias. A gain that is stored as its distance from 1 is x_hat * (1 + weight), not "
+    "x_hat * weight + 1; and a bias is added once.",
+    refute="An input of 0 gives the bias.",
+    look="The last line of the norm's forward, and how its weights were converted.",
+    source="Ba, Kiros and Hinton, 2016, section 3; PyTorch documentation: torch.nn.LayerNorm",
+)
+
+SUM_NOT_MEAN = Cause(
+    id="norm.sum_not_mean",
+    title="A norm divides by the root of the sum of squares, not of their mean",
+    must=("norm.sum",),
+    repair="Divide by x.square().mean(-1, keepdim=True).add(eps).sqrt(). x.norm(dim=-1) and F.normalize give vectors "
+    "of length 1, whose elements are sqrt(C) times too small: multiply by sqrt(C), or use nn.RMSNorm.",
+    refute="The output of the norm, without gain and shift, has mean square 1.",
+    look="What the norm named divides by.",
+    source="Zhang and Sennrich, 2019, Root Mean Square Layer Normalization, equation 4",
+)
+
 
 class _Norms(Fault):
     def norms(self, run: Run) -> Iterator[nn.Module]:
@@ -137,3 +159,45 @@ class EpsHuge(_Norms):
         for norm in self.norms(run):
             run.cleanup.callback(setattr, norm, "eps", norm.eps)
             norm.eps = self.eps  # type: ignore[assignment]
+
+
+@fault(
+    "norm.shifted",
+    title="A constant is added to what a norm gives out",
+    cause="norm.shifted",
+    moves="norm.offset",
+    repair=SHIFTED.repair,
+)
+class Shifted(_Norms):
+    """Adds `shift` to every element."""
+
+    at: str = "blocks.0.mlp_norm"
+    shift: Annotated[float, Gt(0)] = 1.0
+
+    def lab_start(self, run: Run) -> None:
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+            return output + self.shift if self.active(run) else output
+
+        for norm in self.norms(run):
+            run.cleanup.callback(norm.register_forward_hook(hook).remove)
+
+
+@fault(
+    "norm.sum_not_mean",
+    title="A norm divides by the length of its input",
+    cause="norm.sum_not_mean",
+    moves="norm.factor",
+    repair=SUM_NOT_MEAN.repair,
+)
+class SumNotMean(_Norms):
+    """Takes the sum over the width where its mean should stand; a layer norm still subtracts the mean."""
+
+    at: str = "blocks.0.mlp_norm"
+
+    def lab_start(self, run: Run) -> None:
+        self.act(run)
+
+    def make(self, norm: nn.Module, x: Tensor) -> Tensor:
+        eps = float(norm.eps)  # type: ignore[arg-type]
+        x = x - x.mean(-1, keepdim=True) if getattr(norm, "bias", None) is not None else x
+        return _gained(norm, x * (x.square().sum(-1, keepdim=True) + eps).rsqrt())

@@ -23,6 +23,8 @@ SCALE = 1024.0  # a power of two: multiplying by it rounds nothing
 ROUNDING = 1e-3
 # The largest default of any framework is 1e-3 (Keras); one of PyTorch is 1e-5. Ten times that is no default.
 LARGEST_EPS = 1e-2
+MISFIT = 1e-2  # bfloat16 rounds by 2^-8
+ATTENTION = re.compile(r"attn|attention|mha", re.IGNORECASE)
 
 
 @probe(
@@ -37,6 +39,9 @@ class Normalisation(Probe):
     Records ``norm.follows_scale``: how much larger the output is when the input is 1024 times as large (right: 1; the
     median over the tokens, the shift taken off), ``norm.eps``: the eps that would explain it, and
     ``norm.other_tokens``: how far an output moves when other tokens are changed, relative to its size (right: 0).
+    Of those with no parameters but ``weight`` and ``bias``: ``norm.offset``, how far the output of 0 is from the bias,
+    relative to the size of an output (right: 0); and ``norm.factor``, the multiple of the formula that the output is
+    (right: 1; NaN where it is none), with ``norm.rms``, its size, and ``norm.width``.
     """
 
     def lab_examine(self, run: Run, step: Step) -> None:
@@ -94,6 +99,32 @@ def _experiment(step: Step, name: str, norm: nn.Module, x: Tensor) -> None:
     moved = norm(changed).float()[0, ..., :half, :] - (plain + shift)[0, ..., :half, :]
     size = plain[0, ..., :half, :].square().mean().sqrt()
     step.record("norm.other_tokens", moved.square().mean().sqrt() / size, name)
+    if {key for key, _ in norm.named_parameters()} <= {"weight", "bias"}:
+        bias = getattr(norm, "bias", None)
+        offset = (norm(torch.zeros_like(x)) - (0 if bias is None else bias)).abs().amax()
+        step.record("norm.offset", offset / size, name)
+        step.record("norm.factor", _factor(norm, x * SCALE, larger), name)
+        step.record("norm.rms", larger.square().mean().sqrt(), name)
+        step.record("norm.width", x.shape[-1], name)
+
+
+def _factor(norm: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    """Which multiple of the formula `out` is: of layer norm's or RMS norm's, with a gain of w or of 1 + w, []."""
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    weight = getattr(norm, "weight", None)
+    found = []
+    for plain in (wide, centred):
+        unit = plain / plain.square().mean(-1, keepdim=True).sqrt()
+        for gain in (0.0, 1.0) if weight is not None else (1.0,):
+            right = unit * (gain + (0.0 if weight is None else weight.double()))
+            factor = (out * right).sum() / right.square().sum()
+            misfit = torch.linalg.vector_norm(out - factor * right) / torch.linalg.vector_norm(out)
+            found.append(torch.where(misfit < MISFIT, factor, torch.nan))
+    factors = torch.stack(found)
+    # Where several fit, as at the start, where all gains are alike: the one nearest to 1.
+    distance = torch.nan_to_num(factors.abs().log().abs(), nan=torch.inf)
+    return factors[distance.argmin()]
 
 
 def _first(history: History, metric: str, name: str) -> tuple[int, float] | None:
@@ -168,3 +199,45 @@ def norm_other_tokens(history: History) -> Iterator[Symptom]:
             step, seen = found
             text = f"what {name} makes of a token moves by {seen:.0%} when only other tokens change"
             yield Symptom(at=name, since=step, seen=seen, expected="0", text=text)
+
+
+@rule(
+    "norm.offset",
+    title="A norm adds its own bias and nothing else",
+    reads=("norm.offset",),
+    basis="experiment",
+    phase="forward",
+)
+def norm_offset(history: History) -> Iterator[Symptom]:
+    """Of an input of 0 a norm makes its bias, or 0 if it has none: ``0 / sqrt(0 + eps) * w + b``, without rounding."""
+    for name in _judged(history, "norm.offset"):
+        series = history.series("norm.offset", name).finite
+        if found := series.first(series.values > ROUNDING):
+            step, seen = found
+            text = f"{name} makes of 0 something else than its bias: {seen:.2g} of the size of its output beside it"
+            yield Symptom(at=name, since=step, seen=seen, expected="0", text=text)
+
+
+@rule(
+    "norm.sum",
+    title="No norm divides by a sum of squares where their mean is meant",
+    reads=("norm.factor", "norm.rms", "norm.width"),
+    basis="experiment",
+    phase="forward",
+)
+def norm_sum(history: History) -> Iterator[Symptom]:
+    """The output is that of the formula over sqrt(C), to 1%, and its size is below 1/2.
+
+    The size, as a gain may make up for it, of sqrt(C) in some libraries. Not inside attention, where queries and keys
+    may be of length 1, their product a cosine.
+    """
+    for name in _judged(history, "norm.factor"):
+        if ATTENTION.search(name.rpartition(".")[0].rpartition(".")[2]):
+            continue
+        factor, size, width = (history.series(f"norm.{metric}", name).values for metric in ("factor", "rms", "width"))
+        ratio = factor * np.sqrt(width)
+        wrong = (np.abs(ratio - 1) < MISFIT) & (size < 1 / 2) & (width >= 8)
+        if found := history.series("norm.factor", name).first(wrong):
+            step, seen = found
+            text = f"{name} gives out {seen:.3g} = 1 / sqrt({width[-1]:.0f}) times what it should"
+            yield Symptom(at=name, since=step, seen=seen, expected="1", text=text)

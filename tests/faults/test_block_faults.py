@@ -21,6 +21,10 @@ MEANT: dict[str, Any] = {
         (x - x.mean(1, keepdim=True)) / (x.var(1, False, keepdim=True) + 1e-5).sqrt() * w + b
     ),
     "norm.eps_huge": lambda x, w, b: torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, 100.0),
+    "norm.shifted": lambda x, w, b: torch.nn.functional.layer_norm(x, x.shape[-1:], w, b) + 1,
+    "norm.sum_not_mean": lambda x, w, b: (
+        torch.nn.functional.layer_norm(x, x.shape[-1:], None, None, 0.0) * x.shape[-1] ** -0.5 * w + b
+    ),
 }
 
 
@@ -56,7 +60,7 @@ def test_a_norm_gives_what_its_fault_says(small_run: SmallRun, id: str) -> None:
     assert between.module.eps == 1e-5
 
 
-@pytest.mark.parametrize("id", ["norm.missing", "norm.wrong_axis"])
+@pytest.mark.parametrize("id", ["norm.missing", "norm.shifted", "norm.sum_not_mean", "norm.wrong_axis"])
 def test_a_norm_is_whole_until_its_step(small_run: SmallRun, id: str) -> None:
     between = Between("blocks.0.mlp_norm")
     diagnosis, _ = small_run(between, faults=[{"id": id, "at": "blocks.0.mlp_norm", "from_step": 10}])

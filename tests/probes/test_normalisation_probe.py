@@ -18,7 +18,7 @@ from lab.store import History
 if TYPE_CHECKING:
     from conftest import SmallRun
 
-RULES = {"norm.identity", "norm.eps", "norm.other_tokens"}
+RULES = {"norm.identity", "norm.eps", "norm.other_tokens", "norm.offset", "norm.sum"}
 
 
 def seen(norm: nn.Module, x: torch.Tensor) -> set[str]:
@@ -55,6 +55,49 @@ class ScaledRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.weight
+
+
+class FormRMSNorm(nn.Module):
+    """In one of the ways in which libraries write it."""
+
+    def __init__(self, width: int, form: str) -> None:
+        super().__init__()
+        self.form, self.width = form, width
+        start = {"zero-centred": 0.0, "long": width**0.5}.get(form, 1.0)
+        self.weight = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.weight
+        unit: torch.Tensor = nn.functional.normalize(x, dim=-1)
+        plain: torch.Tensor = unit * self.width**0.5
+        if self.form == "zero-centred":
+            return plain * (1 + weight)
+        if self.form == "wrongly centred":
+            return plain * weight + 1
+        if self.form == "by depth":
+            return plain * weight * 0.158
+        return (plain if self.form == "right" else unit) * weight
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("right", set()),
+        ("zero-centred", set()),
+        ("long", set()),  # of length 1, and a gain that starts at sqrt(C)
+        ("by depth", set()),  # the LayerNorm Scaling of the fortieth layer
+        ("wrongly centred", {"norm.offset"}),
+        ("unit", {"norm.sum"}),
+    ],
+)
+def test_forms_of_a_norm(form: str, expected: set[str], trained: bool) -> None:
+    norm = FormRMSNorm(32, form)
+    if trained:
+        with torch.no_grad():
+            norm.weight.add_(0.2 * torch.randn(32))
+    assert seen(norm, plain(scale=3.0)) == expected
+    assert seen(norm.bfloat16(), plain().bfloat16()) == expected
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, RMSNorm, nn.LayerNorm, nn.RMSNorm, MeanLayerNorm])

@@ -1,0 +1,221 @@
+"""Is every part of every block on the path, and do tokens stay apart on it?"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from lab import Batch, History, Run, Step
+
+NORM = re.compile(r"norm", re.IGNORECASE)
+NORMED = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
+ROWS = 2
+LOOKS = 3
+APART = 1e-3
+ROUNDING = 1e-6
+
+
+@probe(
+    "blocks",
+    title="Is every block on the path, and every norm in it, and do tokens stay apart?",
+    cost="a forward pass on two rows, on examined steps",
+    examines=True,
+)
+class Blocks(Probe):
+    """Notes which weights have no gradient, then calls the model in evaluation mode and notes which modules it calls.
+
+    A block is a member of a list of modules, and holds at least two norms beside its matrices. Records
+    ``path.skipped`` (1: no weight of the block has a gradient, and nothing in it is called, while other blocks of the
+    list are), ``path.unheard`` (1: a norm in a block is called and has no gradient, while all else in the block has),
+    and ``stream.apart_in`` and ``stream.apart_out``: the largest distance between an element at the first position
+    and at any other, of what a block is given and of what it gives out, over the largest element.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._lists = list(_lists(run.model))
+        self._graded: tuple[int, set[str]] = (-1, set())
+
+    def lab_before_update(self, run: Run, step: Step) -> None:
+        if step.examined and self._lists:
+            self._graded = step.index, {name for name, p in run.parameters.items() if p.grad is not None}
+
+    def lab_examine(self, run: Run, step: Step) -> None:
+        if step.batch is None or step.batch.inputs is None:
+            raise NotChecked("the batch is not known")
+        if not self._lists:
+            raise NotChecked("no list of blocks with norms in this model")
+        called, apart = self._call(run, step.batch)
+        if apart:
+            for which, metric in enumerate(("stream.apart_in", "stream.apart_out")):
+                step.record_all(metric, tuple(apart), torch.stack([pair[which] for pair in apart.values()]))
+        if self._graded[0] == step.index and self._graded[1]:
+            for names in self._lists:
+                self._paths(run, step, names, called)
+
+    def _call(self, run: Run, batch: Batch) -> tuple[set[str], dict[str, tuple[Tensor, Tensor]]]:
+        """Call the model; return which modules of blocks it calls, and how far apart tokens are around each block."""
+        called: set[str] = set()
+        apart: dict[str, tuple[Tensor, Tensor]] = {}
+        blocks = {name for names in self._lists for name in names}
+        handles = []
+        for name, module in run.model.named_modules():
+            if any(name == block or name.startswith(f"{block}.") for block in blocks):
+                handles.append(module.register_forward_hook(_note(called, name), with_kwargs=True))
+            if name in blocks:
+                handles.append(module.register_forward_hook(_compare(apart, name), with_kwargs=True))
+        run.model.eval()
+        try:
+            with torch.no_grad():
+                run.call(batch.rows(ROWS))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return called, apart
+
+    def _paths(self, run: Run, step: Step, names: list[str], called: set[str]) -> None:
+        graded = self._graded[1]
+        weights = {name: [key for key in run.parameters if key.startswith(f"{name}.")] for name in names}
+        used = [name for name in names if graded.intersection(weights[name])]
+        idle = [
+            name
+            for name in names
+            if weights[name]
+            and not graded.intersection(weights[name])
+            and not any(key.startswith(f"{name}.") for key in called)
+        ]
+        for name in (*used, *idle):
+            # Where most of a list rest, it may be meant: a choice of one of several.
+            step.record("path.skipped", float(name in idle and len(used) >= len(idle)), name)
+        for name in used:
+            for path, module in run.model.get_submodule(name).named_modules(prefix=name):
+                mine = [key for key in weights[name] if key.startswith(f"{path}.")]
+                if mine and NORMED.search(type(module).__name__):
+                    others = set(weights[name]).difference(mine)
+                    unheard = path in called and not graded.intersection(mine) and others <= graded
+                    step.record("path.unheard", float(unheard and bool(others)), path)
+
+
+def _lists(model: nn.Module) -> Iterator[list[str]]:
+    """Yield the names of the blocks of each list of two at least."""
+    for path, parent in model.named_modules():
+        if isinstance(parent, torch.nn.ModuleList):
+            names = [f"{path}.{i}" if path else i for i, block in parent.named_children() if _is_block(block)]
+            if len(names) >= 2:
+                yield names
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether it holds two norms, and a matrix: an expert or an adapter, of which some may rest, has fewer."""
+    norms = [m for m in module.modules() if NORM.search(type(m).__name__) and not list(m.children())]
+    return len(norms) >= 2 and any(p.dim() >= 2 for p in module.parameters())
+
+
+def _note(called: set[str], name: str) -> Callable[..., None]:
+    def hook(*_: object) -> None:
+        called.add(name)
+
+    return hook
+
+
+def _compare(apart: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[..., None]:
+    def hook(_m: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        out = output[0] if isinstance(output, tuple) and output else output
+        if not torch.is_tensor(out) or out.dim() != 3 or out.shape[1] < 2 or name in apart:
+            return
+        for x in (*args, *kwargs.values()):
+            if torch.is_tensor(x) and x.shape == out.shape and x.is_floating_point():
+                apart[name] = _apart(x), _apart(out)
+                return
+
+    return hook
+
+
+def _apart(x: Tensor) -> Tensor:  # [R T C] -> []
+    return (x - x[:, :1]).abs().amax().float() / x.abs().amax().float()
+
+
+def _since(history: History, metric: str, name: str) -> int | None:
+    """The step from which the metric is 1 in each look, of three at least."""
+    series = history.series(metric, name)
+    other = np.flatnonzero(series.values != 1)
+    start = int(other[-1]) + 1 if len(other) else 0
+    return int(series.steps[start]) if len(series) - start >= LOOKS else None
+
+
+def _enough(history: History, metric: str) -> None:
+    if max(len(series) for _, series in history.each(metric)) < LOOKS:
+        raise NotChecked(f"fewer than {LOOKS} looks at a block: a branch may be left out now and then")
+
+
+@rule(
+    "path.skipped",
+    title="No block is left out",
+    reads=("path.skipped",),
+    basis="experiment",
+    phase="forward",
+)
+def path_skipped(history: History) -> Iterator[Symptom]:
+    """A block whose like are called, in which nothing is called, in evaluation or, as no gradient shows, in training.
+
+    Layers that are dropped at random are there in evaluation, and in some of three looks.
+    """
+    _enough(history, "path.skipped")
+    for name in history.sites("path.skipped"):
+        if (step := _since(history, "path.skipped", name)) is not None:
+            text = f"nothing in {name} is called, and none of its weights has a gradient, from step {step}"
+            yield Symptom(at=name, since=step, seen=1.0, expected="0", text=text)
+
+
+@rule(
+    "path.unheard",
+    title="What a norm gives out is used",
+    reads=("path.unheard",),
+    basis="experiment",
+    phase="forward",
+)
+def path_unheard(history: History) -> Iterator[Symptom]:
+    """A norm that is called and has no gradient, where each other weight of its block has one: its output goes nowhere.
+
+    Where a branch is left out at random, its matrices have no gradient either, and it is not asked.
+    """
+    _enough(history, "path.unheard")
+    for name in history.sites("path.unheard"):
+        if (step := _since(history, "path.unheard", name)) is not None:
+            text = f"{name} is called, and what it gives out has no influence on the loss, from step {step}"
+            yield Symptom(at=name, since=step, seen=0.0, expected="a gradient", text=text)
+
+
+@rule(
+    "stream.collapsed",
+    title="No block makes all tokens alike",
+    reads=("stream.apart_in", "stream.apart_out"),
+    basis="experiment",
+    phase="forward",
+)
+def stream_collapsed(history: History) -> Iterator[Symptom]:
+    """What differs between positions on the way in differs on the way out of ``x + f(x)``; at rounding it is gone."""
+    judged = False
+    for name, series in history.each("stream.apart_out"):
+        given = history.series("stream.apart_in", name).values
+        kept = np.isfinite(series.values) & np.isfinite(given)
+        if kept.sum() < LOOKS:
+            continue
+        judged = True
+        wrong = (series.values[kept] <= ROUNDING) & (given[kept] > APART)
+        right = np.flatnonzero(~wrong)
+        start = int(right[-1]) + 1 if len(right) else 0
+        if len(wrong) - start >= LOOKS:
+            step = int(series.steps[kept][start])
+            text = f"{name} gives out the same vector at every position, though it is given different ones"
+            yield Symptom(at=name, since=step, seen=0.0, expected="above 0", text=text)
+    if not judged:
+        raise NotChecked(f"fewer than {LOOKS} looks at what a block is given and gives out")

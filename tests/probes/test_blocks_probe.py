@@ -1,0 +1,116 @@
+"""Blocks: silent where parts rest on purpose, right about what is left out, unheard or all alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lab
+from lab.diagnosis.diagnose import judge
+from lab.manager import discover
+from lab.store import Row
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import SmallRun
+
+RULES = {"path.skipped", "path.unheard", "stream.collapsed"}
+
+
+def named(diagnosis: lab.Diagnosis) -> list[tuple[str, str]]:
+    return [(s.id, s.at) for s in diagnosis.symptoms if s.id in RULES]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"layers": 3, "width": 32, "heads": 2, "context": 8, "norm_at": "post", "mixer": "lstm"}},
+        {"model": {"layers": 2, "width": 32, "heads": 2, "context": 8, "norm": "rms", "activation": "swiglu"}},
+        {"train": {"objective": "seq2seq"}},
+    ],
+)
+def test_healthy_runs_are_silent(small_run: SmallRun, changes: dict[str, object]) -> None:
+    diagnosis, _ = small_run(steps=21, **changes)
+    assert named(diagnosis) == []
+    assert set(diagnosis.checked) >= RULES
+
+
+class Part(nn.Module):
+    """A block of anybody's, with a norm that it may forget."""
+
+    def __init__(self, forgets: bool) -> None:
+        super().__init__()
+        self.norm, self.after = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.branch, self.forgets = nn.Linear(8, 8), forgets
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        out: torch.Tensor = self.after(x + self.branch(x if self.forgets else normed))
+        return out
+
+
+class Model(nn.Module):
+    """Three blocks in a list: which are passed, and what comes of them, depends on `way`."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.layers = nn.ModuleList(Part(way == "forgets" and i == 1) for i in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, layer in enumerate(self.layers):
+            if (self.way == "skips" and i == 2) or (self.way == "chooses" and i != 1):
+                continue
+            if self.way == "drops" and self.training and torch.rand(()) < 0.5:
+                continue
+            x = layer(x)
+        return x[:, :1].expand_as(x) if self.way == "first" else x
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("passes", []),
+        ("drops", []),  # layers at random, in training
+        ("chooses", []),  # one of several
+        ("first", []),  # after the blocks
+        ("frozen", []),
+        ("skips", [("path.skipped", "layers.2")]),
+        ("forgets", [("path.unheard", "layers.1.norm")]),
+    ],
+)
+def test_foreign_blocks(tmp_path: Path, way: str, expected: list[tuple[str, str]]) -> None:
+    torch.manual_seed(0)
+    model = Model(way)
+    if way == "frozen":
+        model.layers[0].requires_grad_(requires_grad=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with lab.watch(model, optimizer, out=tmp_path / "run", examine_every=5) as watching:
+        for _ in range(21):
+            x = torch.randn(4, 5, 8)
+            optimizer.zero_grad()
+            (model(x) * x).mean().backward()
+            optimizer.step()
+    assert named(watching.diagnosis) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "out", "expected"),
+    [
+        ([1.0] * 4, [1.0, 0.0, 0.0, 0.0], 10),
+        ([1.0] * 3, [1e-5] * 3, None),
+        ([0.0] * 3, [0.0] * 3, None),  # all tokens were alike before
+        ([1.0] * 2, [0.0] * 2, None),
+        ([1.0] * 3, [float("nan")] * 3, None),
+    ],
+)
+def test_collapse(given: list[float], out: list[float], expected: int | None) -> None:
+    history = lab.History()
+    for i, pair in enumerate(zip(given, out, strict=True)):
+        history.add(i * 10, Row((("stream.apart_in", "b"), ("stream.apart_out", "b")), np.array(pair)))
+    assert [s.since for s in judge(history, discover())[0]] == ([] if expected is None else [expected])
