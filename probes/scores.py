@@ -246,7 +246,7 @@ def scores_half(history: History) -> Iterator[Symptom]:
         wrong = series.values > 0.5
         if len({*series.steps[wrong]}) >= 2 and (found := series.first(wrong)):
             step, share = found
-            text = f"{site} are rounded to float16: each is a number of float16, and of q k^T / sqrt(D) {share:.0%} not"
+            text = f"{site} are rounded: each is a number of float16, and {share:.0%} of q k^T / sqrt(D) are none"
             yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
 
 

@@ -95,6 +95,14 @@ def test_padding_that_is_silenced_is_told_from_padding_that_is_not(small_run: Sm
         assert diagnosis.unexplained == ()
 
 
+@pytest.mark.parametrize("id", ["attention.scores_half", "attention.uniform", "attention.heads_tied"])
+@pytest.mark.parametrize("mode", [{}, {"train": {"objective": "masked"}}])
+def test_scores_that_are_rounded_ignored_or_repeated(small_run: SmallRun, id: str, mode: dict[str, Any]) -> None:
+    diagnosis, _ = small_run(faults=[{"id": id, "at": "blocks.1.attn"}], **mode)
+    assert [(cause.id, cause.at) for cause in diagnosis.causes] == [(id, "blocks.1.attn")]
+    assert diagnosis.unexplained == ()
+
+
 # ---------------------------------------------------------------- in numbers
 
 
@@ -175,3 +183,46 @@ def test_positions_that_look_at_nothing_need_padding_that_is_seen() -> None:
     assert (judged(0.1), judged(0.0)) == (1, 0)
     with pytest.raises(NotChecked, match="told of padding"):
         judged(-1.0)
+
+
+def test_scores_in_numbers() -> None:
+    q, k, right = layer()
+    pattern = right.masked_fill(LATER, -torch.inf).softmax(-1)
+    found = recorded(q, k, right, pattern)
+    assert found["scores.heeded"] == pytest.approx(1, abs=1e-4)
+    assert (found["scores.half"], found["scores.tied"], found["scores.empty_rows"], found["scores.open"]) == (0,) * 4
+    even = (pattern != 0) / (pattern != 0).sum(-1, keepdim=True)
+    assert recorded(q, k, right, even)["scores.heeded"] < 1e-6
+    one_head = torch.cat([pattern[:1], even[1:]])
+    assert recorded(q, k, right, one_head)["scores.heeded"] < 1e-6
+    assert recorded(q, k, right * 1e-3, even)["scores.heeded"] == -1
+    assert recorded(q, k, right.half().float(), pattern)["scores.half"] > 0.9
+    assert recorded(q, k, (right * 1.01).half().float(), pattern)["scores.half"] == 0  # other scores
+    ones = torch.ones_like(q)
+    assert recorded(ones, ones, right * 0 + 4, pattern)["scores.half"] == 0  # 4 is a number of float16
+    assert recorded(q * 1e4, k * 1e4, (right * 1e8).half().float(), pattern)["scores.half"] > 0.9  # infinite
+    assert recorded(q, k, right[[0, 0]], pattern)["scores.tied"] == 1
+    assert recorded(q * 0, k, right * 0, even)["scores.tied"] == 0
+
+
+def test_coarse_queries_make_coarse_scores() -> None:
+    q, k, right = layer(torch.float16)
+    assert "scores.half" not in recorded(q, k, right, right.float().softmax(-1))
+    q, k, right = layer(torch.bfloat16)
+    found = recorded(q, k, right, right.masked_fill(LATER, -torch.inf).softmax(-1))
+    assert found["scores.open"] == found["scores.tied"] == 0
+    assert found["scores.heeded"] == pytest.approx(1, abs=0.05)
+
+
+def test_heads_that_begin_alike_may_part() -> None:
+    site, tied, parted = "a.scores", {"scores.tied": 1.0}, {"scores.tied": 0.0}
+    assert not [*probes.scores_tied.judge(history(site, tied, tied))]
+    assert not [*probes.scores_tied.judge(history(site, tied, tied, parted))]
+    assert [found.seen for found in probes.scores_tied.judge(history(site, tied, tied, tied))] == [1.0]
+
+
+def test_scores_that_do_not_differ_say_nothing_of_weights() -> None:
+    with pytest.raises(NotChecked, match="differ enough"):
+        [*probes.scores_ignored.judge(history("a.pattern", {"scores.heeded": -1.0}))]
+    assert [*probes.scores_ignored.judge(history("a.pattern", *[{"scores.heeded": 0.0}] * 2))]
+    assert not [*probes.scores_ignored.judge(history("a.pattern", *[{"scores.heeded": 0.02}] * 2))]
