@@ -9,7 +9,11 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
     from lab import History, Run, Step
+
+ROUNDING = 1e-4
 
 
 @probe(
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
 class Determinism(Probe):
     """Calls the model twice in evaluation mode on the same rows, with random numbers running on between the calls.
 
-    Records ``determinism.difference``: the largest difference of the outputs relative to their largest value.
+    Records ``determinism.difference``: the largest difference of the outputs relative to their largest value. When that
+    is not 0, the next experiment looks at each site: ``determinism.site_difference``, and ``determinism.dropped``: 1 if
+    wherever the two values differ one of them is 0, else 0.
     """
 
     def lab_examine(self, run: Run, step: Step) -> None:
@@ -29,11 +35,31 @@ class Determinism(Probe):
             raise NotChecked("the batch is not known")
         rows = step.batch.rows(2)
         run.model.eval()
+        suspect = run.history.last("determinism.difference") > ROUNDING
+        made = []
         with torch.no_grad():
-            first = run.call(rows)
-            second = run.call(rows)
-        scale = first.abs().amax().clamp_min(1e-30)
-        step.record("determinism.difference", (first - second).abs().amax() / scale)
+            for _ in range(2):
+                with run.sites.capture("**" if suspect else "") as values:
+                    made.append((run.call(rows), values))
+        (first, was), (second, now) = made
+        step.record("determinism.difference", _difference(first, second))
+        names = [name for name in was if name in now and _compare(was[name], now[name])]
+        if names:
+            pairs = [(was[name], now[name]) for name in names]
+            step.record_all("determinism.site_difference", names, torch.stack([_difference(*pair) for pair in pairs]))
+            step.record_all("determinism.dropped", names, torch.stack([_dropped(*pair) for pair in pairs]))
+
+
+def _compare(was: Tensor, now: Tensor) -> bool:
+    return was.is_floating_point() and was.shape == now.shape and was.numel() > 0
+
+
+def _difference(was: Tensor, now: Tensor) -> Tensor:
+    return (was.float() - now.float()).abs().amax() / was.float().abs().amax().clamp_min(1e-30)
+
+
+def _dropped(was: Tensor, now: Tensor) -> Tensor:
+    return ((was == now) | (was == 0) | (now == 0)).all().float()
 
 
 @rule(
@@ -48,7 +74,51 @@ def evaluation_random(history: History) -> Iterator[Symptom]:
     series = history.series("determinism.difference").finite
     if not len(series):
         raise NotChecked("the outputs were not finite when it was tried")
-    if found := series.first(series.values > 1e-4):
+    if found := series.first(series.values > ROUNDING):
         step, difference = found
         text = f"two evaluations of the same batch differ by {difference:.2g} of the largest output, at step {step}"
         yield Symptom(at="", since=step, seen=difference, expected="0", text=text)
+
+
+def _first_random(history: History) -> tuple[str, int, float] | None:
+    """Return the first site of the forward pass at which two evaluations differ, since when, and by how much."""
+    if not len(history.series("determinism.difference").finite):
+        raise NotChecked("the outputs were not finite when it was tried")
+    random = [
+        (history.order.get(site, len(history.order)), site, *found)
+        for site, series in history.each("determinism.site_difference")
+        if (found := series.first(series.values > ROUNDING))
+    ]
+    return min(random)[1:] if random else None
+
+
+@rule(
+    "evaluation.random_site",
+    title="No site of the model differs between two evaluations",
+    reads=("determinism.difference",),
+    basis="experiment",
+    phase="forward",
+)
+def evaluation_random_site(history: History) -> Iterator[Symptom]:
+    """Where evaluation as a whole is random: all before the first site that differs is the same in both calls."""
+    if found := _first_random(history):
+        site, step, seen = found
+        text = f"{site} is the first to differ between two evaluations, by {seen:.2g} of its largest value"
+        yield Symptom(at=site, since=step, seen=seen, expected="0", text=text)
+
+
+@rule(
+    "evaluation.dropped",
+    title="Nothing is dropped out when the model is evaluated",
+    reads=("determinism.difference",),
+    basis="experiment",
+    phase="forward",
+)
+def evaluation_dropped(history: History) -> Iterator[Symptom]:
+    """Two values of the first site that differs are equal wherever neither is 0: so dropout leaves a tensor."""
+    if found := _first_random(history):
+        site, step, _ = found
+        dropped = history.series("determinism.dropped", site)
+        if (dropped.values[dropped.steps >= step] == 1).all():
+            text = f"at {site} two evaluations differ only where one of them is 0, as dropout leaves it"
+            yield Symptom(at=site, since=step, seen=1.0, expected="0", text=text)
