@@ -33,6 +33,7 @@ NOT_THERE = (
     "no reference in this run",
     "no form of the cross-entropy",
     "no cache was found to work with this model",
+    "no module of this model depends on its mode",
 )
 # Health is asked on five seeds; of a fault, which takes a twin as well, one is enough here: `lab matrix` varies more.
 RUNS = [(name, seed) for name in NAMES for seed in range(5 if name.startswith("healthy") else 1)]
