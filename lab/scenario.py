@@ -61,6 +61,7 @@ class ModelSection(Section):
     norm: Annotated[Norm, Field(description="layer normalisation, or by the root mean square")] = "layer"
     norm_at: Annotated[NormPlace, Field(description="before each branch, or on the stream after it")] = "pre"
     activation: Annotated[Activation, Field(description="of the feed-forward layer")] = "gelu"
+    dropout: Annotated[float, Field(ge=0, lt=1, description="share of each branch's output left out in training")] = 0.0
 
 
 class DataSection(Section):

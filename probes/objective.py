@@ -119,8 +119,10 @@ class _Part:
 
 def _same(a: NDArray[np.float64], b: NDArray[np.float64], within: float = ROUNDING) -> NDArray[np.bool_]:
     """Whether two losses are equal but for rounding."""
-    answer: NDArray[np.bool_] = np.abs(a - b) <= within * np.maximum(1, np.maximum(np.abs(a), np.abs(b)))
-    return answer
+    finite = np.isfinite(a) & np.isfinite(b)  # infinity is within any share of itself
+    with np.errstate(invalid="ignore"):
+        answer: NDArray[np.bool_] = np.abs(a - b) <= within * np.maximum(1, np.maximum(np.abs(a), np.abs(b)))
+    return answer & finite
 
 
 def _wrong_from(history: History, form: NDArray[np.float64]) -> tuple[int, float, float] | None:

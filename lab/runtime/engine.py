@@ -211,7 +211,7 @@ class Engine:
     def make_model(self, run: Run) -> nn.Module:
         """A decoder of the scenario's size: new, or as trained before, with adapters where they are asked for."""
         m = self.scenario.model
-        choices = Choices(m.mixer, m.kv_heads, m.positions, m.norm, m.norm_at, m.activation)
+        choices = Choices(m.mixer, m.kv_heads, m.positions, m.norm, m.norm_at, m.activation, m.dropout)
         size = {"context": m.context, "layers": m.layers, "width": m.width, "heads": m.heads}
         model = Decoder(run.data.vocabulary, **size, tied=m.tied, choices=choices)
         if self.start:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from lab.errors import BadInput, nearest
 from lab.projects.activations.component import FeedForward, GatedFeedForward
 from lab.projects.convolution.component import ConvMixer
@@ -16,7 +18,7 @@ from lab.projects.recurrent.component import RecurrentMixer
 from lab.sites import Component
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lab.projects.multihead.component import Memory
 
@@ -37,6 +39,7 @@ class Choices:
         norm: ``layer`` or ``rms``.
         norm_at: ``pre``, on the way into a branch, or ``post``, on the stream after it.
         activation: Of the feed-forward layer; ``swiglu`` is the gated one.
+        dropout: The share of what a branch gives out that is left out in training (Srivastava et al., 2014).
     """
 
     mixer: str = "attention"
@@ -45,8 +48,11 @@ class Choices:
     norm: str = "layer"
     norm_at: str = "pre"
     activation: str = "gelu"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"model.dropout: found {self.dropout}; it must be at least 0 and below 1")
         for name, known in (("mixer", MIXERS), ("positions", POSITIONS), ("norm", NORMS), ("norm_at", NORM_PLACES)):
             value = getattr(self, name)
             if value not in known:
@@ -97,11 +103,14 @@ class Block(Component):
         self.attn = choices.make_mixer(width, heads, gain)
         self.mlp_norm = choices.make_norm(width)
         self.mlp = choices.make_mlp(width, gain)
+        # Only where asked for: without it the block has no module that depends on the mode.
+        self.dropout = nn.Dropout(choices.dropout) if choices.dropout else None
 
     def add(self, x: Tensor, norm: nn.Module, branch: nn.Module, memory: Memory | None = None) -> Tensor:
         """Add what a branch makes of the stream: [B T C] -> [B T C]."""
         inward = norm(x) if self.pre else x
-        x = x + (branch(inward) if memory is None else branch(inward, memory))
+        out = branch(inward) if memory is None else branch(inward, memory)
+        x = x + (out if self.dropout is None else self.dropout(out))
         return x if self.pre else norm(x)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B T C] -> [B T C]

@@ -140,6 +140,23 @@ def without_a_mixer_positions_do_not_meet(built: Built, seed: int) -> None:
 
 
 @prop(
+    "Dropout must act on what a branch gives out, in training: each element is 0 or 1/(1-p) of it. Not in evaluation.",
+    seed=seeds,
+    share=st.sampled_from([0.1, 0.5]),
+)
+def dropout_leaves_a_share_of_each_branch_out_in_training_only(built: Built, seed: int, share: float) -> None:
+    made, x = _block(built, seed, mixer="none", dropout=share), normal(seed, 8, 16, WIDTH)
+    whole = _block(built, seed, mixer="none")(x)
+    equal(made.eval()(x), whole, "the output in evaluation")
+    branch, got = whole - x, made.train()(x) - x
+    kept = got.abs() > branch.abs() / 2
+    near_or_none = torch.where(kept, branch / (1 - share), torch.zeros_like(branch))
+    equal(got, near_or_none, "what is added in training")
+    # Five standard errors of a share of so many elements.
+    near(1 - float(kept.double().mean()), share, 5 * (share * (1 - share) / kept.numel()) ** 0.5, "the share left out")
+
+
+@prop(
     "The gated feed-forward must have 2/3 of the hidden width, so that it costs what the plain one does.",
     width=st.sampled_from([12, 24, 48]),
     examples=3,
@@ -168,6 +185,13 @@ def refuses_an_unknown_choice(built: Built) -> None:
             holds("other" in str(error) and name in str(error), f"the message names not model.{name} and 'other'")
         else:
             holds(False, f"{name} = 'other' is taken")
+    for share in (-0.1, 1.0):
+        try:
+            built.Choices(dropout=share)
+        except BadInput as error:
+            holds("dropout" in str(error), "the message names not model.dropout")
+        else:
+            holds(False, f"dropout = {share} is taken")
 
 
 @prop("The stream after a block must be tapped as out, after those of its branches: probes read it there.", seed=seeds)

@@ -1,0 +1,129 @@
+"""Between the loss and the weights: do gradients arrive at the optimiser, and does it act on them?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from lab import History, Run, Series, Site, Step
+
+LOOKS = 3  # in a row and up to now: a single update may be left out on purpose
+
+
+@probe(
+    "arrival",
+    title="Do gradients reach the optimiser, and does it act on them?",
+    every=10,
+    cost="one norm of the gradient at the output and of each gradient, on measured steps",
+)
+class Arrival(Probe):
+    """Follows a gradient from the output of the model to the update.
+
+    Records on measured steps ``arrival.output``, the largest element of the gradient at the model's output in the
+    backward passes since the last update, and ``arrival.share``: the share of what may learn (trainable parameters,
+    and all that the optimiser holds) whose gradient is there and not 0 when the weights are about to change; and in
+    each step ``update.calls``: how often the optimiser took a step.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._sent: list[Tensor] = []
+        self._calls = 0
+        run.cleanup.callback(run.optimizer.register_step_post_hook(self._count).remove)
+        if run.sites.output:
+            self.read(run, run.sites.output, self._see, grad=True)
+
+    def _count(self, *_: object) -> None:
+        self._calls += 1
+
+    def _see(self, _site: Site, gradient: Tensor) -> None:
+        self._sent.append(gradient.abs().amax())
+
+    def lab_before_update(self, run: Run, step: Step) -> None:
+        self._calls = 0
+        if not self.due(step):
+            return
+        held = [p for group in run.optimizer.param_groups for p in group["params"]]
+        learning = list({id(p): p for p in (*held, *run.parameters.values())}.values())
+        arrived = [p.grad for p in learning if p.grad is not None]
+        if not learning or any(grad.is_sparse for grad in arrived):
+            return
+        share: Tensor | float = 0.0
+        if arrived:
+            sizes = torch.stack(torch._foreach_norm(arrived))
+            share = (sizes != 0).double().sum() / len(learning)  # NaN is not 0
+        step.record("arrival.share", share)
+        step.record("arrival.output", torch.stack(self._sent).amax() if self._sent else 0.0)
+
+    def lab_step_end(self, step: Step) -> None:
+        step.record("update.calls", self._calls)
+        self._sent.clear()  # what a closure propagated within the update is of this step
+
+
+def _until_now(series: Series, wrong: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int | None:
+    """Return from which measured step on it has been wrong until now; None if not in enough of them."""
+    right = np.flatnonzero(~wrong)
+    begin = int(right[-1]) + 1 if len(right) else 0
+    return begin if len(series) - begin >= LOOKS else None
+
+
+@rule(
+    "arrival.none",
+    title="The gradients of a step are there when the optimiser takes it",
+    reads=("arrival.share", "arrival.output"),
+    basis="experiment",
+    phase="backward",
+)
+def arrival_none(history: History) -> Iterator[Symptom]:
+    """A gradient that was not 0 passed the output, and no parameter has one when the weights are about to change.
+
+    Neither those of the model nor those that the optimiser holds, which may be copies in another format. Exact: all
+    are None or 0, in each of at least three measured steps up to now.
+    """
+    share, output = history.series("arrival.share"), history.series("arrival.output").values
+    if not np.any(output > 0):
+        raise NotChecked("no gradient was seen at the output before an update")
+    begin = _until_now(share, (share.values == 0) & (output > 0))
+    if begin is not None:
+        step, sent = int(share.steps[begin]), float(output[begin])
+        yield Symptom(
+            at="",
+            since=step,
+            seen=0.0,
+            expected="above 0",
+            text=f"from step {step} on no parameter has a gradient when the optimiser is to take its step, although a "
+            f"gradient (largest element {sent:.2g}) had gone backward from the output",
+        )
+
+
+@rule(
+    "update.calls",
+    title="The optimiser takes a step once the gradients are there",
+    reads=("update.calls", "arrival.share"),
+    basis="experiment",
+    phase="update",
+)
+def update_calls(history: History) -> Iterator[Symptom]:
+    """Gradients are there and finite, and the optimiser is not called, in each of at least three measured steps.
+
+    A step that is left out because a gradient is not finite (loss scaling) is left out rightly.
+    """
+    share, calls = history.series("arrival.share"), history.series("update.calls")
+    total = history.series("gradient.total")
+    at = np.isin(calls.steps, share.steps)
+    finite = ~np.isin(share.steps, total.steps[~np.isfinite(total.values)])
+    if not np.any(finite & (share.values > 0)):
+        raise NotChecked("no gradient that is finite was there before an update")
+    asked = calls.values[at][: len(share)]
+    begin = _until_now(share, (asked == 0) & (share.values > 0)[: len(asked)] & finite[: len(asked)])
+    if begin is not None:
+        step = int(share.steps[begin])
+        text = f"from step {step} on the optimiser is not called, although the gradients are there"
+        yield Symptom(at="", since=step, seen=0.0, expected="1 call a step", text=text)

@@ -1,0 +1,188 @@
+"""Does the backward pass reach what the output depends on, and does a small gradient survive it?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    from lab import Batch, History, Run, Site, Step
+
+ROWS = 4
+LOOKS = 3
+TRIED = 8  # parameters without a gradient that are changed, one by one
+NOISE = 1e-4  # of the largest output: what two calls may differ by, as in probes.determinism
+LOUDER = 4096.0  # a power of two: it changes no digit of a gradient
+
+
+@probe(
+    "backward",
+    title="Do gradients reach what the output depends on, and do small ones survive?",
+    cost="one forward and two backward passes on four rows, on examined steps",
+    examines=True,
+)
+class Backward(Probe):
+    """Goes backward from the output with the gradient that training sent there, and with one 4096 times as large.
+
+    A backward pass is linear: it gives 4096 times as much. Records by parameter ``backward.lost``: of the elements
+    that have a gradient then, the share that had none before. Parameters that the optimiser holds and that got no
+    gradient in training are asked once more: ``backward.cut`` says, where the graph is cut before it reaches them, by
+    how much the output changes with one of them, relative to its largest value. Its site is the place of the cut.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._run = run
+        self._sent: Tensor | None = None
+        self._missing: list[str] = []
+        if run.sites.output:
+            self.read(run, run.sites.output, self._see, grad=True)
+
+    def _see(self, _site: Site, gradient: Tensor) -> None:
+        step = self._run.step
+        if step.examined and step.part == step.parts - 1 and gradient.dim():
+            self._sent = gradient[:ROWS].detach().clone()
+
+    def lab_before_update(self, run: Run) -> None:
+        held = run.held
+        self._missing = [name for name, p in run.parameters.items() if p.grad is None and id(p) in held]
+
+    def lab_examine(self, run: Run, step: Step) -> None:
+        sent, self._sent = self._sent, None
+        if step.batch is None or sent is None:
+            return
+        rows = step.batch.rows(ROWS)
+        step.record("backward.looks", 1.0)
+        if len(self._missing) < len(run.parameters):
+            _ask(run, step, rows, self._missing)
+        _louder(run, step, rows, sent)
+
+
+def _louder(run: Run, step: Step, rows: Batch, sent: Tensor) -> None:
+    """Go backward twice through one graph, and see which elements are 0 only where the gradient is small."""
+    out = run.call(rows)
+    if out.shape != sent.shape or not out.requires_grad:
+        return
+    named = {name: p for name, p in run.parameters.items() if p.numel()}
+    sent = sent.to(out.dtype)
+    plain = torch.autograd.grad(out, list(named.values()), sent, retain_graph=True, allow_unused=True)
+    loud = torch.autograd.grad(out, list(named.values()), sent * LOUDER, allow_unused=True)
+    names, lost = [], []
+    for name, small, large in zip(named, plain, loud, strict=True):
+        if small is not None and large is not None and not small.is_sparse:
+            there = large != 0
+            names.append(name)
+            lost.append(((small == 0) & there).sum() / there.sum().clamp_min(1))
+    if names:
+        step.record_all("backward.lost", tuple(names), torch.stack(lost))
+
+
+def _ask(run: Run, step: Step, rows: Batch, missing: list[str]) -> None:
+    """Look for a cut above parameters that got no gradient: the output depends on them, and its derivative does not."""
+    if not missing:
+        return
+    run.model.eval()  # so that two calls agree
+    with run.sites.capture("**.out") as values:
+        out = run.call(rows)
+    if not out.requires_grad:
+        return
+    passed = {name: value for name, value in values.items() if value.is_floating_point()}
+    traced = {name: value for name, value in passed.items() if value.requires_grad}
+    asked = [run.parameters[name] for name in missing]
+    found = torch.autograd.grad(out.sum(), [*asked, *traced.values()], allow_unused=True)
+    unreached = [name for name, gradient in zip(missing, found[: len(asked)], strict=True) if gradient is None]
+    blind = {name for name, gradient in zip(traced, found[len(asked) :], strict=True) if gradient is None}
+    for name in unreached[-TRIED:]:
+        place = _place(name, list(passed), set(traced), blind)
+        if place:
+            step.record("backward.cut", _change(run, rows, run.parameters[name], out), place)
+
+
+def _place(parameter: str, order: list[str], traced: set[str], blind: set[str]) -> str:
+    """Where the graph is cut above a parameter, among the sites of the modules that hold it; empty if it is unknown.
+
+    A module gives out a value with a history, in vain; or what holds it gives out one without. Where the module itself
+    computes without a history (``no_grad``), that may be meant.
+    """
+    holders = [site for site in order if f"{parameter}.".startswith(f"{site.rpartition('.')[0]}.") and "." in site]
+    if not holders or not any(site in blind for site in holders):
+        return ""
+    ended = [site for site in holders if site not in traced]
+    return ended[0] if ended else [site for site in holders if site in blind][-1]
+
+
+def _change(run: Run, rows: Batch, p: nn.Parameter, out: Tensor) -> Tensor:
+    """By how much the output changes with a parameter; what is written is put back after the experiment."""
+    with torch.no_grad():
+        before = p.clone()
+        size = before.float().square().mean().sqrt().clamp_min(0.01)
+        way = torch.cos(torch.arange(p.numel(), device=p.device, dtype=torch.float32)).view_as(p)
+        p.add_((size * way / 2).to(p.dtype))
+        change = (run.call(rows) - out).abs().amax() / out.abs().amax().clamp_min(1e-30)
+        p.copy_(before)
+    return change
+
+
+# ---------------------------------------------------------------- rules
+
+
+@rule(
+    "backward.cut",
+    title="Gradients reach every parameter that the output depends on and that is to learn",
+    reads=("backward.looks",),
+    basis="experiment",
+    phase="backward",
+)
+def backward_cut(history: History) -> Iterator[Symptom]:
+    """The output changes with a parameter, and the graph that is built above it ends before the output.
+
+    The parameter may learn (``requires_grad``), the optimiser holds it, and others do get gradients; so in three looks
+    at least. What is computed without a graph (``no_grad``), what the output does not depend on, and what is left out
+    of some steps is not accused.
+    """
+    for place, series in history.each("backward.cut"):
+        looks, changed = np.unique(series.steps[series.values > NOISE]), float(np.nanmax(series.values))
+        if len(looks) >= LOOKS:
+            yield Symptom(
+                at=place,
+                since=int(looks[0]),
+                seen=changed,
+                expected="a gradient",
+                text=f"no gradient passes {place}: what is before it gets none, though the output changes by "
+                f"{changed:.2g} of its largest value when a weight there does",
+            )
+
+
+@rule(
+    "backward.lost",
+    title="Small gradients survive the backward pass",
+    reads=("backward.lost",),
+    basis="experiment",
+    phase="backward",
+)
+def backward_lost(history: History) -> Iterator[Symptom]:
+    """Most elements of a gradient are exactly 0, and are not when the gradient at the output is 4096 times as large.
+
+    Linear in exact arithmetic: 0 stays 0. float32 and bfloat16 reach down to 1e-38, float16 to 6e-8. So it counts
+    when the larger part of the elements of a parameter is lost, in three looks up to now.
+    "Most" is a judgement: what is lost has no update, and Adam would have made it as large as any.
+    """
+    for name, series in history.each("backward.lost"):
+        few = np.flatnonzero(~(series.values > 0.5))
+        begin = int(few[-1]) + 1 if len(few) else 0
+        if len(series) - begin >= LOOKS:
+            step, share = int(series.steps[begin]), float(series.values[begin])
+            yield Symptom(
+                at=name,
+                since=step,
+                seen=share,
+                expected="0",
+                text=f"{share:.0%} of the gradient of {name} is 0 at step {step}, and is not when the gradient at the "
+                "output is 4096 times as large",
+            )
