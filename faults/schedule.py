@@ -52,7 +52,7 @@ NOT_APPLIED = Cause(
 RATE_ZERO = Cause(
     id="schedule.rate_zero",
     title="The learning rate is 0",
-    must=("schedule.rate_zero",),
+    must=("optimizer.rate_zero",),
     may=("schedule.never_stepped", "schedule.not_applied"),
     place="schedule",
     repair="Print group['lr'] at each of the first updates. A warmup multiplies by (step + 1) / warmup, in true "
@@ -160,7 +160,7 @@ class NotApplied(Fault):
     "schedule.rate_zero",
     title="The schedule answers 0",
     cause="schedule.rate_zero",
-    moves="schedule.rate",
+    moves="optimizer.rate",
     repair=RATE_ZERO.repair,
 )
 class RateZero(Fault):

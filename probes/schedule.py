@@ -28,9 +28,8 @@ GAPS = 5  # between updates; where a scaler skips an update, the schedule goes o
 class Schedule(Probe):
     """Reads the scheduler and the groups before each update.
 
-    Records ``schedule.rate``, the largest rate of any group, ``schedule.set``, that of the first group,
-    ``schedule.said``, the one that the scheduler set last for it, ``schedule.count``, how often it was stepped, and
-    ``schedule.processes``, how many train together.
+    Records ``schedule.set``, the rate of the first group, ``schedule.said``, the one that the scheduler set last for
+    it, ``schedule.count``, how often it was stepped, and ``schedule.processes``, how many train together.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -44,14 +43,10 @@ class Schedule(Probe):
             self._reason = f"how often a {type(scheduler).__name__} was stepped is not known here"
 
     def lab_before_update(self, run: Run, step: Step) -> None:
-        rates = [_number(group["lr"]) for group in run.optimizer.param_groups if group.get("lr") is not None]
-        if len(rates) < len(run.optimizer.param_groups) or not rates:
-            return
-        step.record("schedule.rate", _largest(rates))
         if self._reason:
             return
         scheduler: Any = _inner(run.scheduler)
-        step.record("schedule.set", rates[0])
+        step.record("schedule.set", _number(run.optimizer.param_groups[0]["lr"]))
         step.record("schedule.said", _number(scheduler.get_last_lr()[0]))
         step.record("schedule.count", scheduler.last_epoch)
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -69,14 +64,6 @@ def _inner(scheduler: Any) -> Any:
 
 def _number(rate: Any) -> float | Tensor:
     return rate.detach().reshape(()) if isinstance(rate, torch.Tensor) else float(rate)
-
-
-def _largest(rates: list[float | Tensor]) -> float | Tensor:
-    numbers = [rate for rate in rates if isinstance(rate, float)]
-    if len(numbers) == len(rates):
-        return max(numbers)
-    tensors = [rate.double() for rate in rates if isinstance(rate, torch.Tensor)]
-    return torch.stack([*tensors, *(torch.full_like(tensors[0], number) for number in numbers)]).amax()
 
 
 @rule(
@@ -152,27 +139,3 @@ def schedule_not_applied(history: History) -> Iterator[Symptom]:
         )
         step = int(said.steps[np.flatnonzero(said.values != rate.values)[0]])
         yield Symptom(at="", since=step, seen=float(rate.values[0]), expected="what the schedule says", text=text)
-
-
-@rule(
-    "schedule.rate_zero",
-    title="The rate is above 0",
-    reads=("schedule.rate", "movement.distance", "movement.gradient"),
-    basis="experiment",
-    phase="update",
-)
-def schedule_rate_zero(history: History) -> Iterator[Symptom]:
-    """The rate of every group is 0 in each update from the first on, there are gradients, and nothing has moved.
-
-    A warmup that begins with 0 has one such update, and a schedule that ends with 0 has them at its end.
-    """
-    rate = history.series("schedule.rate")
-    if np.any(rate.values != 0):
-        return
-    if len(rate) < UPDATES:
-        raise NotChecked(f"fewer than {UPDATES} updates were seen")
-    moved = any(np.any(series.values != 0) for _, series in history.each("movement.distance"))
-    wanted = any(np.any(series.values > 0) for _, series in history.each("movement.gradient"))
-    if wanted and not moved:
-        text = f"the rate is 0 in each of {len(rate)} updates, and no weight has moved"
-        yield Symptom(at="", since=int(rate.steps[0]), seen=0.0, expected="above 0", text=text)
