@@ -83,11 +83,13 @@ class Clip:
         params: Whose gradients.
         limit: The largest norm that they may have.
         norm: What the clipping answered: their norm [] before it.
+        late: Whether no backward pass was seen between the update before and this.
     """
 
     params: tuple[Tensor, ...]
     limit: float
     norm: Tensor
+    late: bool = False
 
 
 @dataclass

@@ -191,7 +191,7 @@ class Watch:
             self.run.step.loss = loss
 
     def _clipped(self, params: tuple[Tensor, ...], limit: float, norm: Tensor) -> None:
-        self.run.step.clips.append(Clip(params, limit, norm))
+        self.run.step.clips.append(Clip(params, limit, norm, late=self.run.step.loss is None))
 
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         step = self.run.step
