@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Interval
 
 from lab import BadInput, Cause, Fault, fault, torch
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from lab import Run
+    from lab import Run, Step
 
 MISSING = Cause(
     id="optimizer.missing_parameter",
@@ -45,6 +47,43 @@ COUPLED = Cause(
     refute="With a gradient of 0 and no history, a weight shrinks by the factor 1 - lr * weight_decay.",
     look="Whether weight_decay is added to the gradient anywhere.",
     source="Loshchilov and Hutter, 2019, algorithm 2",
+)
+
+STALE = Cause(
+    id="optimizer.stale_parameters",
+    title="The optimiser holds tensors that the model no longer has",
+    must=("optimizer.stale",),
+    may=("movement.unheld", "gradient.carried"),  # nothing moves, and zero_grad clears other tensors
+    place="optimizer",
+    repair="Build the optimiser last: after the model is loaded, copied, wrapped or moved to its device. What makes "
+    "new tensors of parameters makes a new optimiser necessary. Clear with model.zero_grad() and compare.",
+    refute="For each group, every tensor in it is one of model.parameters(), by identity.",
+    look="Every line between the making of the optimiser and the first step that assigns the model or a parameter.",
+    source="PyTorch documentation: torch.optim, constructing it (move the model to its device before)",
+)
+
+STATE_LOST = Cause(
+    id="optimizer.state_lost",
+    title="The optimiser lost its means in the middle of the run",
+    must=("optimizer.forgot",),
+    place="optimizer",
+    repair="Save and load optimizer.state_dict() with the model's, and make no new optimiser in the middle of a run. "
+    "To start again on purpose, warm the rate up again: Adam's first update moves each weight by the whole rate.",
+    refute="state['step'] of each parameter grows by 1 with each update.",
+    look="What is loaded on resuming; whether an optimiser is made inside the loop; a state.clear().",
+    source="PyTorch tutorials: saving and loading a checkpoint; Lialin et al., 2023 (ReLoRA: resets, warmed up)",
+)
+
+BAD_BETAS = Cause(
+    id="optimizer.bad_betas",
+    title="Adam's betas are swapped, or beta2 is far too small for beta1",
+    must=("optimizer.betas",),
+    place="optimizer",
+    repair="Give betas=(0.9, 0.999), or (0.9, 0.95) for large models: first that of the gradients, then that of their "
+    "squares, which has to be nearer to 1.",
+    refute="beta1^2 is below sqrt(beta2).",
+    look="The order in which both betas are handed on, and a beta that is given as 1 - beta.",
+    source="Kingma and Ba, 2015, theorem 4.1; Reddi et al., 2018, theorem 3",
 )
 
 
@@ -141,3 +180,67 @@ class CoupledDecay(Fault):
         for p, grad in kept:
             p.grad = grad
         return done
+
+
+@fault(
+    "optimizer.stale_parameters",
+    title="The optimiser is built for a copy of the model",
+    cause="optimizer.stale_parameters",
+    moves="movement.distance",
+    repair=STALE.repair,
+)
+class StaleParameters(Fault):
+    """Puts a copy of each parameter in its place in the groups; puts the model's own back when the run ends."""
+
+    at: str = "optimizer"
+
+    def lab_build_optimizer(self, run: Run) -> Generator[None, Optimizer, Optimizer]:
+        self.from_the_start()
+        optimizer = yield
+        for group in optimizer.param_groups:
+            run.cleanup.callback(group.__setitem__, "params", group["params"])
+            group["params"] = [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]
+        return optimizer
+
+
+@fault(
+    "optimizer.state_lost",
+    title="The optimiser's state is cleared once",
+    cause="optimizer.state_lost",
+    moves="optimizer.count",
+    repair=STATE_LOST.repair,
+)
+class StateLost(Fault):
+    """Clears the state before the update of `from_step`, as on resuming with the model's weights alone."""
+
+    at: str = "optimizer"
+    from_step: Annotated[int, Ge(1)] = 20
+
+    def lab_update(self, run: Run, step: Step) -> None:
+        if step.index == self.from_step:
+            run.optimizer.state.clear()
+
+
+@fault(
+    "optimizer.bad_betas",
+    title="Adam is given its betas the wrong way round",
+    cause="optimizer.bad_betas",
+    moves="optimizer.betas",
+    repair=BAD_BETAS.repair,
+)
+class BadBetas(Fault):
+    """Sets both betas of every group."""
+
+    at: str = "optimizer"
+    beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.999
+    beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+
+    def lab_build_optimizer(self, run: Run) -> Generator[None, Optimizer, Optimizer]:
+        self.from_the_start()
+        optimizer = yield
+        for group in optimizer.param_groups:
+            if "betas" not in group:
+                raise BadInput(f"{self.info.id}: {type(optimizer).__name__} has no betas")
+            run.cleanup.callback(group.__setitem__, "betas", group["betas"])
+            group["betas"] = (self.beta1, self.beta2)
+        return optimizer

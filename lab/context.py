@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
     from lab.manager import Manager
     from lab.sites import Mode
@@ -74,6 +75,23 @@ class Artifact:
         return f"{self.name}/{self.site}" if self.site else self.name
 
 
+@dataclass(frozen=True)
+class Clip:
+    """Gradients that were to be clipped by their joint norm.
+
+    Attributes:
+        params: Whose gradients.
+        limit: The largest norm that they may have.
+        norm: What the clipping answered: their norm [] before it.
+        late: Whether no backward pass was seen between the update before and this.
+    """
+
+    params: tuple[Tensor, ...]
+    limit: float
+    norm: Tensor
+    late: bool = False
+
+
 @dataclass
 class Step:
     """One step of a run, and what is recorded in it.
@@ -84,6 +102,7 @@ class Step:
         batch, logits, loss: What the actions of this step made.
         part, parts: Which part of its batch passes, from 0, and how many there are.
         grad_norm: The norm of all gradients before clipping.
+        clips: Each clipping of gradients between the backward pass and the update, as far as it was seen.
         lr: The learning rate.
         examined: Whether experiments run at the end of this step.
     """
@@ -96,6 +115,7 @@ class Step:
     logits: Tensor | None = None
     loss: Tensor | None = None
     grad_norm: Tensor | None = None
+    clips: list[Clip] = field(default_factory=list)
     lr: float | None = None
     examined: bool = False
     _numbers: list[tuple[str, str, float]] = field(default_factory=list)
@@ -173,6 +193,7 @@ class Run:
         device: Where the model lives.
         config: The scenario, in the lab's own runtime; None on training that the lab did not write.
         model, optimizer, data: What the build actions made.
+        scheduler: The schedule of the learning rate, to be stepped once for each update; None when none is known.
         sites: The named tensors of the model; none before it is built.
         history: What has been recorded, on the host.
         step: The current step.
@@ -190,6 +211,7 @@ class Run:
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     model: nn.Module = field(init=False)
     optimizer: Optimizer = field(init=False)
+    scheduler: LRScheduler | None = field(init=False, default=None)
     data: Any = field(init=False, default=None)
     sites: Sites = field(init=False, default_factory=Sites)
     parameters: dict[str, nn.Parameter] = field(init=False)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,31 @@ def backward_calls(tell: Callable[[Tensor], None]) -> Iterator[None]:
         yield
     finally:
         Tensor.backward = plain  # type: ignore[method-assign]
+
+
+@contextmanager
+def clip_calls(tell: Callable[[tuple[Tensor, ...], float, Tensor], None]) -> Iterator[None]:
+    """Call ``tell(params, limit, norm)`` after each ``torch.nn.utils.clip_grad_norm_`` by the 2-norm, in the block.
+
+    A loop that imported the function by its own name before is not seen.
+    """
+    utils: Any = torch.nn.utils
+    plain = utils.clip_grad_norm_
+
+    def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Tensor:
+        params = (parameters,) if isinstance(parameters, Tensor) else tuple(parameters)
+        # What can be gone through once is gone. PyTorch warns of a generator that is empty, so it gets one.
+        parameters = (p for p in params) if isinstance(parameters, GeneratorType) else params
+        norm: Tensor = plain(parameters, max_norm, norm_type, *args, **kwargs)
+        if float(norm_type) == 2.0:
+            tell(params, float(max_norm), norm)
+        return norm
+
+    utils.clip_grad_norm_ = clip_grad_norm_
+    try:
+        yield
+    finally:
+        utils.clip_grad_norm_ = plain
 
 
 class CrossEntropyCalls(TorchFunctionMode):

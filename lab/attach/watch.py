@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from lab.attach.intercept import CrossEntropyCalls, backward_calls
+from lab.attach.intercept import CrossEntropyCalls, backward_calls, clip_calls
 from lab.attach.modules import Hook, ModuleSites
-from lab.context import Batch, Run, Step, first_tensor
+from lab.context import Batch, Clip, Run, Step, first_tensor
 from lab.files import new_folder, write_run_file
 from lab.manager import Manager, discover
 from lab.session import Session
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
     from lab.catalogue import Catalogue, Plugin
     from lab.diagnosis.model import Diagnosis
@@ -38,6 +39,7 @@ def watch(
     plugins: Iterable[Plugin] = (),
     catalogue: Catalogue | None = None,
     examine_every: int = 10,
+    scheduler: LRScheduler | None = None,
 ) -> Watch:
     """Watch a training loop, for as long as the block lasts.
 
@@ -60,12 +62,13 @@ def watch(
         plugins: More to take part, such as a fault or a probe of your own.
         catalogue: Where probes, rules and causes are found; by default everything that is installed.
         examine_every: The cadence of experiments, in steps; later in the run more seldom (see `lab.session.Session`).
+        scheduler: Of the learning rate, if it is to be stepped once for each update. Leave out one that counts epochs.
 
     Raises:
         BadInput: `out` holds a run already.
     """
     folder = Path(out) if out is not None else _new_name()
-    return Watch(model, optimizer, folder, tuple(plugins), catalogue or discover(), examine_every)
+    return Watch(model, optimizer, folder, tuple(plugins), catalogue or discover(), examine_every, scheduler)
 
 
 def _new_name() -> Path:
@@ -93,6 +96,7 @@ class Watch:
         plugins: tuple[Plugin, ...],
         catalogue: Catalogue,
         examine_every: int,
+        scheduler: LRScheduler | None = None,
     ) -> None:
         new_folder(folder)
         write_run_file(folder, "watch", {}, torch.initial_seed() % 2**31)
@@ -102,6 +106,7 @@ class Watch:
         self.run = Run(folder, manager, device=device)
         self._modules = ModuleSites(model)
         self.run.attach(model, optimizer, self._modules.sites)
+        self.run.scheduler = scheduler
         self._session = Session(self.run, catalogue, examine_every=examine_every)
         for plugin in plugins:
             manager.add(plugin)
@@ -120,6 +125,7 @@ class Watch:
         undo.callback(optimizer.register_step_pre_hook(self._before_update).remove)
         undo.callback(optimizer.register_step_post_hook(self._updated).remove)
         undo.enter_context(backward_calls(self._backward))
+        undo.enter_context(clip_calls(self._clipped))
         undo.callback(lambda: self._functions.turn(on=False))
         self._begin(0)
         return self
@@ -183,6 +189,9 @@ class Watch:
     def _backward(self, loss: Tensor) -> None:
         if self._training and loss.numel() == 1:
             self.run.step.loss = loss
+
+    def _clipped(self, params: tuple[Tensor, ...], limit: float, norm: Tensor) -> None:
+        self.run.step.clips.append(Clip(params, limit, norm, late=self.run.step.loss is None))
 
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         step = self.run.step

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lab.context import IGNORED, Batch, Run, Step
+from lab.context import IGNORED, Batch, Clip, Run, Step
 from lab.files import CHECKPOINT
-from lab.projects.backprop.component import AdamW, clip_gradients, learning_rate
+from lab.projects.backprop.component import AdamW, clip_gradients
 from lab.projects.decoder.component import Decoder
 from lab.projects.fine_tuning.component import add_lora
 from lab.projects.kv_cache.component import Cache
@@ -21,6 +21,7 @@ from lab.projects.losses.component import cross_entropy
 from lab.projects.pretraining.component import Tokenizer, capture, restore, save_checkpoint
 from lab.projects.residuals.component import Choices
 from lab.runtime.data import Source, Tokens, make_source
+from lab.runtime.schedule import make_scheduler
 from lab.runtime.tasks import split_rows
 from lab.sites import sites_of
 
@@ -81,6 +82,7 @@ class Engine:
         sites = sites_of(run.model)
         sites.output = "head.out"
         run.attach(run.model, run.hook.lab_build_optimizer(run=run), sites)
+        run.scheduler = make_scheduler(self.scenario, run.optimizer)
         self.session.start()
         begin = self._resume(run)
         last = self.scenario.steps - 1
@@ -117,6 +119,7 @@ class Engine:
             losses.append(step.loss)
         step.loss = losses[0] if len(losses) == 1 else torch.stack([loss.detach() for loss in losses]).sum()
         step.grad_norm = hook.lab_clip(run=run, step=step)
+        step.clips.append(Clip(tuple(run.parameters.values()), self.scenario.train.clip, step.grad_norm))
         step.lr = hook.lab_schedule(run=run, step=step)
         self.session.before_update(step)
         hook.lab_update(run=run, step=step)
@@ -140,6 +143,8 @@ class Engine:
         if self.resumed is None:
             return 0
         begin = restore(self.resumed, run.model, run.optimizer) if self.resumed else 0
+        if begin and run.scheduler is not None:
+            run.scheduler.load_state_dict(self.resumed["scheduler"])
         self.session.resume(begin, self.resumed.get("session", {}))
         return begin
 
@@ -149,7 +154,9 @@ class Engine:
         if every and (index + 1) % every == 0:
             self.session.store.commit()  # what is recorded must not be behind the checkpoint
             state = capture(run.model, run.optimizer, index + 1)
-            save_checkpoint(run.folder / CHECKPOINT, {**state, "session": self.session.state()})
+            assert run.scheduler is not None
+            state |= {"session": self.session.state(), "scheduler": run.scheduler.state_dict()}
+            save_checkpoint(run.folder / CHECKPOINT, state)
 
     @torch.no_grad()
     def lab_evaluate(self, run: Run) -> Tensor:
@@ -274,12 +281,11 @@ class Engine:
         return clip_gradients(run.parameters.values(), self.scenario.train.clip)
 
     def lab_schedule(self, run: Run, step: Step) -> float:
-        """Warmup, then a cosine."""
-        t = self.scenario.train
-        rate = learning_rate(step.index, peak=t.lr, warmup=t.warmup, total=self.scenario.steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+        """Step the schedule, which stands at the first step when it is made; answer the rate."""
+        assert run.scheduler is not None
+        if step.index:
+            run.scheduler.step()
+        return float(run.optimizer.param_groups[0]["lr"])
 
     def lab_update(self, run: Run) -> bool:
         """Let the optimiser step."""

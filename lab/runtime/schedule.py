@@ -1,0 +1,22 @@
+"""The schedule of the lab's own training, as the object that any training has: torch's scheduler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from lab.projects.backprop.component import learning_rate
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lab.scenario import Scenario
+
+
+def make_scheduler(scenario: Scenario, optimizer: Optimizer) -> LambdaLR:
+    """Warmup, then a cosine; set to the first step."""
+    t, total = scenario.train, scenario.steps
+    for group in optimizer.param_groups:
+        group["initial_lr"] = 1.0  # what the schedule answers is multiplied by it, and it answers the rate itself
+    return LambdaLR(optimizer, lambda step: learning_rate(step, peak=t.lr, warmup=t.warmup, total=total))

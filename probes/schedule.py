@@ -1,0 +1,141 @@
+"""The schedule: how often it is stepped, what it says, and which rate the optimiser goes by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from lab import History, Run, Step
+
+UPDATES = 10  # so many are seen before a schedule that does nothing is told from one that begins late
+GAPS = 5  # between updates; where a scaler skips an update, the schedule goes on, and one gap is twice as long
+
+
+@probe(
+    "schedule",
+    title="How often the schedule is stepped, what it says, and what the optimiser goes by",
+    cost="a few numbers that are on the host",
+    examines=True,
+)
+class Schedule(Probe):
+    """Reads the scheduler and the groups before each update.
+
+    Records ``schedule.set``, the rate of the first group, ``schedule.said``, the one that the scheduler set last for
+    it, ``schedule.count``, how often it was stepped, and ``schedule.processes``, how many train together.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._reason = ""
+        scheduler = _inner(run.scheduler)
+        if scheduler is None:
+            self._reason = "no scheduler is known; lab.watch takes one"
+        elif isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self._reason = "a schedule that waits for a plateau is not stepped once for each update"
+        elif not (isinstance(getattr(scheduler, "last_epoch", None), int) and hasattr(scheduler, "_last_lr")):
+            self._reason = f"how often a {type(scheduler).__name__} was stepped is not known here"
+
+    def lab_before_update(self, run: Run, step: Step) -> None:
+        if self._reason:
+            return
+        scheduler: Any = _inner(run.scheduler)
+        step.record("schedule.set", _number(run.optimizer.param_groups[0]["lr"]))
+        step.record("schedule.said", _number(scheduler.get_last_lr()[0]))
+        step.record("schedule.count", scheduler.last_epoch)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        step.record("schedule.processes", torch.distributed.get_world_size() if several else 1)
+
+    def lab_examine(self) -> None:
+        if self._reason:
+            raise NotChecked(self._reason)
+
+
+def _inner(scheduler: Any) -> Any:
+    """Return the scheduler itself, where another object stands around it."""
+    return getattr(scheduler, "scheduler", scheduler)
+
+
+def _number(rate: Any) -> float | Tensor:
+    return rate.detach().reshape(()) if isinstance(rate, torch.Tensor) else float(rate)
+
+
+@rule(
+    "schedule.never_stepped",
+    title="The schedule is stepped",
+    reads=("schedule.count", "schedule.set"),
+    basis="experiment",
+    phase="update",
+)
+def schedule_never_stepped(history: History) -> Iterator[Symptom]:
+    """A schedule that is to be stepped once for each update stood still in all of them, and so did the rate.
+
+    The rate counts too, since a schedule can be stepped to a fraction of an epoch, which moves no counter.
+    """
+    count, rate = history.series("schedule.count"), history.series("schedule.set")
+    still = np.all(count.values == count.values[0]) and np.all(rate.values == rate.values[0])
+    if still and len(count) < UPDATES:
+        raise NotChecked(f"fewer than {UPDATES} updates were seen")
+    if still:
+        text = f"in {len(count)} updates the schedule was not stepped once; the rate stays {rate.values[0]:.3g}"
+        yield Symptom(at="", since=int(count.steps[0]), seen=0.0, expected="one step for each update", text=text)
+
+
+@rule(
+    "schedule.stepped_often",
+    title="The schedule is stepped once for each update",
+    reads=("schedule.count", "schedule.processes"),
+    basis="experiment",
+    phase="update",
+)
+def schedule_stepped_often(history: History) -> Iterator[Symptom]:
+    """A schedule that is to be stepped once for each update was stepped twice or more between any two of them.
+
+    A scaler that skips an update makes one gap longer, not each. Where several processes train, some loops step the
+    schedule once for each process, and mean it.
+    """
+    count = history.series("schedule.count")
+    # A schedule that starts again, as with warm restarts, counts from 0.
+    gaps = np.diff(count.values)[(np.diff(count.steps) == 1) & (np.diff(count.values) >= 0)]
+    often = len(gaps) > 0 and bool(np.all(gaps >= 2))
+    if often and len(gaps) < GAPS:
+        raise NotChecked(f"fewer than {GAPS + 1} updates were seen")
+    if often and np.any(history.series("schedule.processes").values > 1):
+        raise NotChecked("several processes train, and some loops step the schedule once for each")
+    if often:
+        usual = float(np.median(gaps))
+        text = f"between two updates the schedule is stepped {usual:g} times: it is over in 1/{usual:g} of the run"
+        yield Symptom(at="", since=int(count.steps[1]), seen=usual, expected="1", text=text)
+
+
+@rule(
+    "schedule.not_applied",
+    title="The optimiser goes by the rate that the schedule says",
+    reads=("schedule.said", "schedule.set"),
+    basis="experiment",
+    phase="update",
+)
+def schedule_not_applied(history: History) -> Iterator[Symptom]:
+    """The schedule says one rate after another, and the optimiser's stays what it is, to the last bit.
+
+    That the two differ is not enough: schedules can be chained, and then the last of them has the last word. But
+    then the rate moves.
+    """
+    said, rate = history.series("schedule.said"), history.series("schedule.set")
+    constant = bool(np.all(rate.values == rate.values[0]))
+    if constant and len(set(said.values)) >= 3:
+        if len(rate) < UPDATES:
+            raise NotChecked(f"fewer than {UPDATES} updates were seen")
+        low, high = float(np.min(said.values)), float(np.max(said.values))
+        text = (
+            f"the schedule says rates from {low:.3g} to {high:.3g}, and the optimiser's is {rate.values[0]:.3g} "
+            f"in all of {len(rate)} updates"
+        )
+        step = int(said.steps[np.flatnonzero(said.values != rate.values)[0]])
+        yield Symptom(at="", since=step, seen=float(rate.values[0]), expected="what the schedule says", text=text)
