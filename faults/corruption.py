@@ -19,11 +19,11 @@ WEIGHT_FLIP = Cause(
     must=("integrity.weight_bit",),
     may=("*",),  # a weight of 10^36 ends anywhere
     repair="Go back to a checkpoint from before the step named, on another device; clipping does not help, as the "
-    "weight is wrong already. Test the device (dcgmi diag -r 3), read its ECC counters (nvidia-smi -q -d ECC), and keep "
-    "checksums of weights between updates.",
+    "weight is wrong already. Test the device (dcgmi diag -r 3), read its ECC counters (nvidia-smi -q -d ECC), and "
+    "keep checksums of weights between updates.",
     refute="The weight named was set by a line of the training loop at that step.",
     look="The ECC and Xid counters of the device, and whether it happens again on another.",
-    source="Altenbernd et al., 2026 (arXiv:2604.00726); Grattafiori et al., 2024, section 3.3.4 (silent data corruption)",
+    source="Altenbernd et al., 2026 (arXiv:2604.00726), on silent corruption; Grattafiori et al., 2024, section 3.3",
 )
 
 STATE_FLIP = Cause(

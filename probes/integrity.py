@@ -197,7 +197,10 @@ def integrity_weight_bit(history: History) -> Iterator[Symptom]:
     if found := _changes(history, "integrity."):
         step, bit = found
         name = _owner(history, "integrity.", step)
-        text = f"between the updates of steps {step - 1} and {step} bit {bit} of one element of {name} flipped; all else stayed"
+        text = (
+            f"between the updates of steps {step - 1} and {step} bit {bit} of one element of {name} flipped; "
+            f"all else stayed"
+        )
         yield Symptom(at=name, since=step, seen=float(bit), expected="no change", text=text)
 
 
