@@ -53,6 +53,19 @@ ZERO = Cause(
     source="Goodfellow, Bengio and Courville, 2016, section 8.4; Hu et al., 2021, section 4.1 (one factor at 0)",
 )
 
+TOO_SMALL = Cause(
+    id="init.too_small",
+    title="Matrices start far too small",
+    must=("start.scale_low",),
+    may=("flow.zero", "stream.*"),
+    place="blocks",
+    repair="Initialise with standard deviation gain / sqrt(fan_in), 0.02 at that order: a variance where a standard "
+    "deviation is meant (normal_(std=0.02**2)), or a scale applied twice, makes branches that give out nothing.",
+    refute="Some matrix of the layers starts with at least a hundredth of sqrt(2 / fan_in).",
+    look="The standard deviation of each matrix at step 0 against sqrt(2 / fan_in).",
+    source="Glorot and Bengio, 2010, section 4.2; Radford et al., 2019, section 2.3 (0.02, and less by depth)",
+)
+
 
 def _of_a_new_model(fault: Fault, run: Run) -> None:
     """A model that was trained before is not initialised here."""
@@ -137,4 +150,30 @@ class Zero(Fault):
         with torch.no_grad():
             for p in matrices:
                 p.zero_()
+        return model
+
+
+@fault(
+    "init.too_small",
+    title="All matrices of the blocks start far too small",
+    cause="init.too_small",
+    moves="start.scale",
+    repair=TOO_SMALL.repair,
+)
+class TooSmall(Fault):
+    """Multiplies every matrix at `at` by `factor`."""
+
+    at: str = "blocks"
+    factor: Annotated[float, Gt(0)] = 1e-3
+
+    def lab_build_model(self, run: Run) -> Generator[None, nn.Module, nn.Module]:
+        self.from_the_start()
+        _of_a_new_model(self, run)
+        model = yield
+        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and self.holds(name)]
+        if len(matrices) < 4:
+            raise BadInput(f"init.too_small: fewer than four matrices at {self.at!r}")
+        with torch.no_grad():
+            for p in matrices:
+                p.mul_(self.factor)
         return model

@@ -19,6 +19,7 @@ NONFINITE = Cause(
     title="A value becomes NaN or infinite",
     must=("value.nonfinite",),
     may=("*",),  # whatever comes after it is made of it
+    cannot=("integrity.weight_bit", "integrity.state_bit"),  # then it is made of that
     repair="Guard the operation that makes it: a logarithm or a square root of 0, a division by 0, an exponential or a "
     "float16 that overflows. Until then, skip the update when the gradient norm is not finite.",
     refute="The inputs of the site named are not finite either: then look further upstream.",
@@ -31,6 +32,7 @@ NONFINITE_GRADIENT = Cause(
     title="A gradient becomes NaN or infinite while all values are finite",
     must=("gradient.nonfinite",),
     may=("*",),
+    cannot=("integrity.weight_bit", "integrity.state_bit"),
     repair="Look for an operation whose derivative is infinite where its value is not: sqrt at 0, norm of a zero "
     "vector, log of an underflowed softmax, where() over a branch that is not taken.",
     refute="A value in the forward pass of the same step is not finite.",

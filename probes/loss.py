@@ -61,7 +61,7 @@ class Start(Probe):
 
     ``start.loss``, ``start.error`` (its standard error), ``start.classes`` (V), ``start.head_std`` and
     ``start.head_inputs`` (s and d of the layer that makes the logits), and for each matrix ``start.scale``: its
-    standard deviation over that of He's initialiser, ``sqrt(2 / fan_in)``.
+    standard deviation over that of He's initialiser, ``sqrt(2 / fan_in)``, and ``start.inputs``, that fan_in.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -75,6 +75,8 @@ class Start(Probe):
 
     def _at_start(self, run: Run, step: Step) -> None:
         step.record_all("start.scale", tuple(n for n, _ in self._scales), torch.stack([s for _, s in self._scales]))
+        for name, _ in self._scales:
+            step.record("start.inputs", float(fan_in(run.model, name)), name)
         targets = step.batch.targets if step.batch is not None else None
         if step.logits is None or targets is None or targets.is_floating_point():
             return
@@ -164,3 +166,44 @@ def start_scale_high(history: History) -> Iterator[Symptom]:
                 expected="at most 1",
                 text=f"{name} starts with {scale:.1f} times the standard deviation of He's initialiser",
             )
+
+
+# The smallest of the standard initialisers divides 0.02 by the root of twice the layers (GPT-2). With a hundred layers
+# of 16 inputs that is 0.004 of He's, and more with more inputs.
+SMALLEST = 0.003
+FEWEST_INPUTS, FEWEST_MATRICES = 16, 4
+
+
+@rule(
+    "start.scale_low",
+    title="Not all matrices start smaller than any standard initialiser makes them",
+    reads=("start.scale", "start.inputs", "start.loss"),
+    basis="theory",
+    phase="forward",
+)
+def start_scale_low(history: History) -> Iterator[Symptom]:
+    """Every matrix of 16 inputs and more, but for one, is above 0 and below 0.003 of He's standard deviation.
+
+    Some may be small or 0 on purpose: the last of a branch, the head, a table before a norm, an adapter on a trained
+    model. So this asks for all of them, four at least, in a model that knows nothing: its loss starts at ln V.
+    """
+    scales = {
+        name: float(series.values[0])
+        for name, series in history.each("start.scale")
+        if history.last("start.inputs", name) >= FEWEST_INPUTS
+    }
+    loss, error, classes = (history.last(f"start.{metric}") for metric in ("loss", "error", "classes"))
+    if not math.isfinite(loss):
+        raise NotChecked("the loss at step 0 is not finite")
+    low = {name: scale for name, scale in scales.items() if 0 < scale < SMALLEST}
+    if len(low) < max(FEWEST_MATRICES, len(scales) - 1) or loss < math.log(classes) - 3 * error:
+        return
+    for name, scale in low.items():
+        yield Symptom(
+            at=name,
+            since=0,
+            seen=scale,
+            expected=f"at least {SMALLEST}",
+            text=f"{name} starts with {scale:.2g} times the standard deviation of He's initialiser, as {len(low)} of "
+            f"{len(scales)} matrices",
+        )

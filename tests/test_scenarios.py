@@ -33,6 +33,8 @@ NOT_THERE = (
     "no convolution over positions in this model",
     "no recurrence in this model",
     "no reference in this run",
+    "no weights were loaded while the run was built",
+    "no two tables of the same shape are trained",
     "no form of the cross-entropy",
     "no cache was found to work with this model",
     "no feed-forward layer in this model",

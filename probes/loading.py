@@ -1,0 +1,159 @@
+"""Where weights come from: what a checkpoint gave and what it did not, and tables that were meant to be one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from torch import nn
+
+    from lab import History, Run, Step
+
+UNSEEN = "no weights were loaded while the run was built"
+LOOKS = 3
+PAIRS = 4
+HALF = 0.5  # a row of padding may be 0 in both; of two random tables far less than a hundredth is equal, in 8 bits even
+NO_TABLES = "no two tables of the same shape are trained, one for the tokens and one for the logits"
+
+
+@probe("loading", title="Does every weight that a checkpoint holds reach the model?", cost="none after the start")
+class Loading(Probe):
+    """Reads what `load_state_dict` answers while the model is built; a loop that the lab did not write loads before.
+
+    Records at step 0 ``loading.keys``, how many weights were asked for by the model that was loaded last, and
+    ``loading.lost``, how many of them it did not get although the checkpoint holds one of that shape and of that name
+    behind another prefix; at each of those ``loading.missed``, 1.
+    """
+
+    def lab_start(self) -> None:
+        self._recorded = False
+
+    def lab_build_model(self) -> Generator[None, nn.Module, nn.Module]:
+        self._asked, self._missed = 0, tuple[str, ...]()
+        plain = torch.nn.Module.load_state_dict
+
+        def load(module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+            given = {name: tuple(value.shape) for name, value in state_dict.items() if torch.is_tensor(value)}
+            answer = plain(module, state_dict, *args, **kwargs)
+            unread = [name for name in answer.unexpected_keys if name in given]
+            self._asked = len(shapes)
+            self._missed = tuple(n for n in answer.missing_keys if any(_renamed(n, o, shapes, given) for o in unread))
+            return answer
+
+        torch.nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
+        try:
+            return (yield)
+        finally:
+            torch.nn.Module.load_state_dict = plain  # type: ignore[method-assign]
+
+    def lab_before_update(self, step: Step) -> None:
+        asked = getattr(self, "_asked", 0)
+        if self._recorded or not asked:
+            return
+        self._recorded = True
+        step.record("loading.keys", float(asked))
+        step.record("loading.lost", float(len(self._missed)))
+        for name in self._missed:
+            step.record("loading.missed", 1.0, name)
+
+
+def _renamed(name: str, other: str, shapes: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether two names of tensors of one shape differ by a prefix alone, as ``module.`` or ``model.``."""
+    same = other.endswith(f".{name}") or name.endswith(f".{other}")
+    return same and shapes.get(name) == given[other]
+
+
+@rule(
+    "loading.missed",
+    title="Every weight of a checkpoint reaches the model",
+    reads=(),
+    basis="experiment",
+    phase="forward",
+)
+def loading_missed(history: History) -> Iterator[Symptom]:
+    """A weight that the model asks for and does not get, and one of that shape that it was given and did not ask for.
+
+    Their names have to be the same but for a prefix. So a new head on a trained body, adapters that no checkpoint
+    holds yet, or a part that is left out on purpose, are not named.
+    """
+    if not history.sites("loading.keys"):
+        raise NotChecked(UNSEEN)
+    keys, lost = history.last("loading.keys"), history.last("loading.lost")
+    for name, series in history.each("loading.missed"):
+        yield Symptom(
+            at=name,
+            since=int(series.steps[0]),
+            seen=lost,
+            expected="0",
+            text=f"{name} was not loaded: the checkpoint holds it behind another prefix, as {lost:.0f} of {keys:.0f}",
+        )
+
+
+@probe("ties", title="Do two tables that start as one stay one?", every=10, cost="one comparison of two tables")
+class Ties(Probe):
+    """Compares the table of the tokens with that of the logits, where they have one shape; one that is tied with itself.
+
+    Records, by the name of the second, ``ties.equal``: the share of elements that are equal, and not 0.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        # With both names of a table that is tied: it is compared with itself.
+        named = run.model.named_parameters(remove_duplicate=False)
+        tables = {name: p for name, p in named if p.requires_grad and p.dim() == 2}
+        kinds = {name: run.model.get_submodule(name.rpartition(".")[0]) for name in tables}
+        tokens = [n for n, kind in kinds.items() if isinstance(kind, torch.nn.Embedding) or _looks_up(kind)]
+        heads = [n for n in tables if n not in tokens]
+        pairs = [(a, b) for b in heads for a in tokens if tables[a].shape == tables[b].shape]
+        self._pairs = [(b, tables[a], tables[b]) for a, b in pairs if tables[a].device == tables[b].device][-PAIRS:]
+
+    def lab_before_update(self, step: Step) -> None:
+        if self.due(step):
+            for name, a, b in self._pairs:
+                step.record("ties.equal", ((a.detach() == b.detach()) & (a.detach() != 0)).float().mean(), name)
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return getattr(module, "fan_in", None) == 1
+
+
+@rule(
+    "ties.apart",
+    title="Tables of tokens and of logits that start as one stay one",
+    reads=(),
+    basis="experiment",
+    phase="update",
+)
+def ties_apart(history: History) -> Iterator[Symptom]:
+    """Two tables of random numbers that start bit for bit alike are copies of one: of two draws next to none is equal.
+
+    To start alike and then part has no purpose in a model that knows nothing yet, which is where the loss starts at
+    ln V, three standard errors allowed for. Whoever starts from a trained model may part what was one on purpose.
+    """
+    judged = False
+    for name, series in history.each("ties.equal"):
+        judged = True
+        alike = series.values > HALF
+        if not alike[0]:
+            continue
+        if len(series) < LOOKS:
+            raise NotChecked("fewer than three looks at two tables that start alike")
+        if np.all(alike):
+            continue
+        loss, error, classes = (history.last(f"start.{metric}") for metric in ("loss", "error", "classes"))
+        if not loss >= np.log(classes) - 3 * error:
+            raise NotChecked("two tables start alike, in a model that was trained before or is no classifier")
+        step = int(series.steps[np.flatnonzero(~alike)[0]])
+        text = (
+            f"{name} starts bit for bit as the table of the tokens, in a tensor of its own, and at step {step} "
+            f"{1 - series.values[-1]:.0%} of it differ"
+        )
+        yield Symptom(at=name, since=step, seen=float(series.values[-1]), expected="1", text=text)
+    if not judged:
+        raise NotChecked(NO_TABLES)
