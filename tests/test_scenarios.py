@@ -33,6 +33,8 @@ NOT_THERE = (
     "no reference in this run",
     "no form of the cross-entropy",
     "no cache was found to work with this model",
+    "no end of a text is known",
+    "no training whose evaluation is known",
 )
 # Health is asked on five seeds; of a fault, which takes a twin as well, one is enough here: `lab matrix` varies more.
 RUNS = [(name, seed) for name in NAMES for seed in range(5 if name.startswith("healthy") else 1)]
