@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
-from lab import BadInput, Cause, Fault, fault
+from lab import BadInput, Cause, Fault, fault, torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +24,20 @@ INCONSISTENT = Cause(
     refute="With the cache and without it, the logits of each position are the same.",
     look="Of the module named: the position that a new token is given, and which keys it sees.",
     source="Shazeer, 2019; Hugging Face documentation: caching, cache_position",
+)
+
+LEAKED = Cause(
+    id="cache.leaked",
+    title="A request sees the keys and values of the one before it",
+    must=("requests.leaked",),
+    may=("generation.cached", "generation.cached_module"),
+    locate=("generation.cached_module",),
+    place="cache",
+    repair="Make a cache for each request, past_key_values=None or a new DynamicCache; or reset one that is kept "
+    "(StaticCache.reset()), its length and its mask with it, before the prompt passes.",
+    refute="With an empty cache, the same prompt gets the same logits whatever was asked before it.",
+    look="Where the cache is made, and what holds it between two requests.",
+    source="Hugging Face documentation: caching, StaticCache.reset; Kwon et al., 2023",
 )
 
 
@@ -114,6 +128,80 @@ class Truncated(_CacheFault):
     def recalled(self, kept: Tensor, start: int) -> Tensor:
         """Leave the newest, and never fewer than the new ones."""
         return kept[:, :, -max(self.window, kept.shape[2] - start) :]
+
+
+@fault(
+    "cache.corrupt",
+    title="One position of a layer's cache is written over",
+    cause="cache.inconsistent",
+    moves="generation.cached_gap",
+    repair=INCONSISTENT.repair,
+)
+class Corrupt(_CacheFault):
+    """After the prompt, the key and the value of the first position are those of the second."""
+
+    at: str = "blocks.0.attn"
+
+    def recalled(self, kept: Tensor, start: int) -> Tensor:
+        """Write the second over the first; a prompt of one token is written over by the token after it."""
+        del start
+        kept[:, :, 0] = kept[:, :, 1].clone()
+        return kept
+
+
+@fault(
+    "cache.off_by_one",
+    title="A layer's cache writes each new token one place too early",
+    cause="cache.inconsistent",
+    moves="generation.cached_gap",
+    repair=INCONSISTENT.repair,
+)
+class OffByOne(_CacheFault):
+    """What is new is written over the newest position that was there, and one key too few is seen."""
+
+    at: str = "blocks.0.attn"
+
+    def recalled(self, kept: Tensor, start: int) -> Tensor:
+        """Leave the newest of the old positions out."""
+        return torch.cat([kept[:, :, : start - 1], kept[:, :, start:]], dim=2)
+
+
+@fault(
+    "cache.leaked",
+    title="A layer's cache still holds the request before",
+    cause="cache.leaked",
+    moves="requests.gap",
+    repair=LEAKED.repair,
+)
+class Leaked(_CacheFault):
+    """Gives one layer the keys and values of the request before, too, ahead of those of this one."""
+
+    at: str = "blocks.0.attn"
+
+    def lab_start(self, run: Run) -> None:
+        self.before: list[Tensor] = []
+        self.now: list[Tensor] = []
+        super().lab_start(run)
+
+    def _wrapped(self, arg: Any) -> Any:
+        return _Full(arg, self) if hasattr(arg, "extend") and hasattr(arg, "length") else arg
+
+
+class _Full(_Memory):
+    """A memory that was not emptied."""
+
+    fault: Leaked
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values; return all, after those of the request before if it had as many rows."""
+        if not self.length:  # a new request
+            self.fault.before = self.fault.now
+        keys, values = self.memory.extend(k, v)
+        self.fault.now = [keys.detach(), values.detach()]
+        if not self.fault.before or len(self.fault.before[0]) != len(keys):
+            return keys, values
+        old_keys, old_values = self.fault.before
+        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
 
 
 @fault(

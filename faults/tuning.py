@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lab import BadInput, Cause, Fault, fault, torch
 
@@ -45,6 +45,17 @@ BASE_NOT_FROZEN = Cause(
     refute="The weight named is what it was at the start.",
     look="What is unfrozen after the adapters are added, and how the optimiser's parameters are chosen.",
     source="Hu et al., 2021, section 4.1",
+)
+
+MERGED_STALE = Cause(
+    id="tuning.merged_stale",
+    title="Evaluation uses weights that an adapter was merged into before it was trained further",
+    must=("adapter.stale",),
+    repair="Merge last, and again after each further update: merge_adapter() before, unmerge_adapter() after an "
+    "evaluation. Whatever keeps a merged weight has to forget it when the factors change, not when the mode does.",
+    refute="In evaluation mode, too, the layer named gives another output with other factors.",
+    look="What train() and eval() do in the layer named, and what it keeps between them.",
+    source="Hu et al., 2021, section 4.1; Hugging Face PEFT documentation: merge_adapter, unmerge_adapter",
 )
 
 
@@ -127,3 +138,41 @@ class BaseNotFrozen(Fault):
             kept = [p for p in group["params"] if id(p) not in thawed]
             run.cleanup.callback(group.__setitem__, "params", kept)
         return optimizer
+
+
+@fault(
+    "tuning.merged_stale",
+    title="In evaluation mode a layer adds the update that it was once merged with",
+    cause="tuning.merged_stale",
+    moves="adapter.response_evaluating",
+    repair=MERGED_STALE.repair,
+)
+class MergedStale(Fault):
+    """Keeps the factors of the step in which it begins, and calls the layer with them whenever it does not train."""
+
+    at: str = "blocks.1.mlp.up"
+
+    def lab_start(self, run: Run) -> None:
+        self.merged: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        for name, layer in adapters(run.model, self).items():
+            self.begin(run, name, layer)
+
+    def lab_zero_grad(self, run: Run) -> None:
+        if self.active(run) and not self.merged:
+            for name, layer in adapters(run.model, self).items():
+                a, b = (layer.get_parameter(part).detach().clone() for part in "ab")
+                self.merged[name] = torch.nn.Parameter(a), torch.nn.Parameter(b)
+
+    def begin(self, run: Run, name: str, layer: Any) -> None:
+        """Exchange the factors while the layer is called."""
+        own = layer.a, layer.b
+
+        def before(_layer: nn.Module, _args: Any) -> None:
+            if name in self.merged and not layer.training:
+                layer.a, layer.b = self.merged[name]
+
+        def after(_layer: nn.Module, _args: Any, _output: Any) -> None:
+            layer.a, layer.b = own
+
+        run.cleanup.callback(layer.register_forward_pre_hook(before).remove)
+        run.cleanup.callback(layer.register_forward_hook(after, always_call=True).remove)

@@ -40,7 +40,7 @@ class _Memory:
         return self._kept
 
 
-class _Cache:
+class Cache:
     """A memory for each layer that asks for one."""
 
     def __init__(self) -> None:
@@ -105,32 +105,33 @@ class Generation(Probe):
         batch = step.batch
         assert batch is not None
         length = tokens.shape[1]
-        begin, cache = length // 2, _Cache()
+        begin, cache = length // 2, Cache()
         whole, again = _Calls(), _Calls()
         with _Listening(run.model, whole, everywhere=everywhere):
-            full = run.call(_asked(batch, tokens))
+            full = run.call(asked(batch, tokens))
         # Without a cache, from the beginning of the row to each position: how far rounding alone can go here.
-        prefixes = [run.call(_asked(batch, tokens[:, : t + 1]))[:, -1:] for t in range(begin, length)]
+        prefixes = [run.call(asked(batch, tokens[:, : t + 1]))[:, -1:] for t in range(begin, length)]
         parts = []
         try:
-            parts.append(run.call(_asked(batch, tokens[:, :begin], cache)))
+            parts.append(run.call(asked(batch, tokens[:, :begin], cache)))
             for t in range(begin, length):
                 with _Listening(run.model, again, everywhere=everywhere and t == length - 1):
-                    parts.append(run.call(_asked(batch, tokens[:, t : t + 1], cache)))
+                    parts.append(run.call(asked(batch, tokens[:, t : t + 1], cache)))
         except (LabError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise NotChecked(f"the model's cache is of another kind ({type(error).__name__})") from None
         stepwise = torch.cat(parts, dim=1)
         if cache.length != length or stepwise.shape != full.shape:
             raise NotChecked("the model's cache is of another kind")
-        step.record("generation.cached_gap", _gap(stepwise, full))
-        step.record("generation.repeat_gap", _gap(torch.cat(prefixes, dim=1), full[:, begin:]))
+        step.record("generation.cached_gap", gap(stepwise, full))
+        step.record("generation.repeat_gap", gap(torch.cat(prefixes, dim=1), full[:, begin:]))
         for name, (came, went) in again.made.items():
             # Its inputs agree, and what it makes of them does not.
-            if name in whole.made and bool(_gap(came, whole.made[name][0]) <= ROUNDING):
-                step.record("generation.module_gap", _gap(went, whole.made[name][1]), name)
+            if name in whole.made and bool(gap(came, whole.made[name][0]) <= ROUNDING):
+                step.record("generation.module_gap", gap(went, whole.made[name][1]), name)
 
 
-def _asked(batch: Batch, tokens: Tensor, cache: _Cache | None = None) -> Batch:
+def asked(batch: Batch, tokens: Tensor, cache: Cache | None = None) -> Batch:
+    """The call for these tokens, with a cache if there is one."""
     return dataclasses.replace(batch, args=(tokens,), kwargs={} if cache is None else {"cache": cache}, targets=None)
 
 
@@ -168,7 +169,7 @@ class _Listening:
         return note
 
 
-def _gap(one: Tensor, other: Tensor) -> Tensor:
+def gap(one: Tensor, other: Tensor) -> Tensor:
     """The largest difference, over the largest number."""
     other = other.double()
     return (one.double() - other).abs().amax() / other.abs().amax().clamp_min(1e-30)

@@ -60,15 +60,17 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
 @probe(
     "adapters",
     title="Can each adapter learn, is it used, and does the weight beside it stay?",
-    cost="a forward pass on four rows, two of each adapted layer, on examined steps; a copy of their weights",
+    cost="a forward pass on four rows, four of each adapted layer, on examined steps; a copy of their weights",
     examines=True,
 )
 class Adapters(Probe):
     """Gives each adapter two pairs of factors, and compares what its layer answers to the same input.
 
     Records by layer ``adapter.factor``, the larger norm of its two factors as they are; ``adapter.response``, the
-    largest difference between the two answers, over the largest input; ``adapter.base_moved``, how far the weight
-    beside it is from where it was at the start; and ``adapter.base_trainable``, whether that weight takes gradients.
+    largest difference between the two answers, over the largest input; ``adapter.response_evaluating``, the same in
+    evaluation mode, of which the layer is told after the factors have changed; ``adapter.base_moved``, how far the
+    weight beside it is from where it was at the start; and ``adapter.base_trainable``, whether that weight takes
+    gradients.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -93,6 +95,9 @@ class Adapters(Probe):
             for adapter in self._adapters:
                 if adapter.name in calls:
                     step.record("adapter.response", _response(adapter, *calls[adapter.name]), adapter.name)
+                    if adapter.layer.training:  # else nothing says what it keeps from before
+                        again = _response(adapter, *calls[adapter.name], evaluating=True)
+                        step.record("adapter.response_evaluating", again, adapter.name)
 
 
 @contextmanager
@@ -113,8 +118,11 @@ def _inputs(adapters: list[Adapter]) -> Iterator[dict[str, tuple[Any, Any]]]:
             handle.remove()
 
 
-def _response(adapter: Adapter, args: Any, kwargs: Any) -> Tensor | float:
-    """By how much the answer changes when B goes from 0 to 1 / rank, with A of ones: every output moves by sum(x)."""
+def _response(adapter: Adapter, args: Any, kwargs: Any, *, evaluating: bool = False) -> Tensor | float:
+    """By how much the answer changes when B goes from 0 to 1 / rank, with A of ones: every output moves by sum(x).
+
+    Where it is evaluating, the layer is in training while the factors change: it may merge them when it is told.
+    """
     x = next((value for value in (*args, *kwargs.values()) if torch.is_tensor(value)), None)
     if x is None or not x.is_floating_point():
         return float("nan")
@@ -124,7 +132,11 @@ def _response(adapter: Adapter, args: Any, kwargs: Any) -> Tensor | float:
     answers = []
     for value in (0.0, 1.0 / adapter.a.shape[0]):
         adapter.b.fill_(value)
+        if evaluating:
+            adapter.layer.eval()
         answers.append(adapter.layer(*args, **kwargs))
+        if evaluating:
+            adapter.layer.train()
     was, now = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
     change: Tensor = (now - was).float().abs().amax()
     # An input of 0 gives no update, whatever the factors.
@@ -177,3 +189,25 @@ def adapter_base_trained(history: History) -> Iterator[Symptom]:
                 f"the weight beside the adapter of {name} takes gradients, and has moved by {seen:.3g} at step {step}"
             )
             yield Symptom(at=name, since=step, seen=seen, expected="0", text=text)
+
+
+@rule(
+    "adapter.stale",
+    title="Every adapter moves its layer's output in evaluation mode too",
+    reads=(),
+    basis="experiment",
+    phase="forward",
+)
+def adapter_stale(history: History) -> Iterator[Symptom]:
+    """Two updates give two outputs while the layer trains, and one and the same when it is told to evaluate.
+
+    It is told after the factors have changed, so that one which merges them then, as it may, answers with the new ones.
+    """
+    for name, series in _each(history, "adapter.response_evaluating"):
+        training = history.series("adapter.response", name)
+        used = np.isin(series.steps, training.steps[training.values > 0])
+        if found := series.first((series.values == 0) & used):
+            step, seen = found
+            text = f"in evaluation mode the output of {name} is the same whatever the factors of its adapter are, "
+            text += f"at step {step}; in training it is not"
+            yield Symptom(at=name, since=step, seen=seen, expected="above 0", text=text)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lab.context import IGNORED, Batch
 from lab.errors import BadInput
@@ -18,7 +19,7 @@ from lab.runtime.tasks import MaskedText, Pairs, Questions, Reversed
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from lab.context import Run, Step
     from lab.runtime.data import Source
@@ -131,11 +132,28 @@ class FineTuning(Objective):
             self.right.append(told.all(-1))
 
 
+class Scores(NamedTuple):
+    """Log-probabilities of the two answers to each question, [pairs] each, in the order in which DPO takes them."""
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+
+
 class Preferences(FineTuning):
-    """The right one of two answers gets likelier, against a frozen copy of the model (Rafailov et al., 2023)."""
+    """The right one of two answers gets likelier, against a frozen copy of the model (Rafailov et al., 2023).
+
+    Attributes:
+        reference: The copy.
+        beta: What a nat of distance to it costs.
+        scores: Of the newest batch, without a graph, as any such trainer logs them.
+    """
 
     questions = Pairs
     reference: nn.Module
+    beta: float = BETA
+    scores: Scores | None = None
 
     def lab_build_model(self, run: Run) -> nn.Module:
         """The model that was trained before, and a frozen copy of it.
@@ -167,17 +185,31 @@ class Preferences(FineTuning):
         assert step.batch is not None
         targets = step.batch.targets
         assert targets is not None
-        policy = sequence_log_probability(step.logits, targets)  # [2 pairs]
-        with torch.no_grad():
-            before = sequence_log_probability(self.reference(*step.batch.args), targets)
-        pairs = policy[0::2], policy[1::2], before[0::2], before[1::2]  # [pairs] each
-        margin = dpo_margin(*pairs, beta=BETA).detach()
+        policy = self.policy_scores(step.logits, targets)  # [2 pairs]
+        before = self.reference_scores(step.batch)  # [2 pairs]
+        scores = Scores(policy[0::2], policy[1::2], before[0::2], before[1::2])
+        self.scores = Scores(*(score.detach() for score in scores))
+        margin = dpo_margin(*self.scores, beta=self.beta)
         if step.mode == "evaluate":
             self.margins.append(margin)
         else:
             step.record("preference.margin", margin.mean())
             step.record("preference.cross_entropy", cross_entropy(step.logits[0::2].detach(), targets[0::2]))
-        return dpo_loss(*pairs, beta=BETA)
+        return self.preferred(scores)
+
+    def policy_scores(self, logits: Tensor, targets: Tensor) -> Tensor:  # [2 pairs T V], [2 pairs T] -> [2 pairs]
+        """The log-probability of each row's answer."""
+        return sequence_log_probability(logits, targets)
+
+    @torch.no_grad()
+    def reference_scores(self, batch: Batch) -> Tensor:  # -> [2 pairs]
+        """The log-probability of each row's answer, by the reference."""
+        assert batch.targets is not None
+        return sequence_log_probability(self.reference(*batch.args), batch.targets)
+
+    def preferred(self, scores: Scores) -> Tensor:  # -> []
+        """The loss of a batch of pairs."""
+        return dpo_loss(*scores, beta=self.beta)
 
 
 OBJECTIVES: MappingProxyType[str, type[Objective]] = MappingProxyType(

@@ -89,7 +89,11 @@ class Reversed(Wrapped):
 
 
 class Questions:
-    """Sums of two numbers below 100, a row each: ``12+30=`` and the answer. A tenth of all sums is held out."""
+    """Sums of two numbers below 100, a row each: ``12+30=`` and the answer. A tenth of all sums is held out.
+
+    Attributes:
+        end: The token that ends each answer, and fills up the row after it.
+    """
 
     floor: float | None = None
 
@@ -98,7 +102,7 @@ class Questions:
         self.batch_size, self.seed = batch, seed
         order = torch.randperm(10_000, generator=generator(0, QUESTIONS))  # the same split for every seed
         self.sums = {"held-out": order[:1000], "train": order[1000:]}
-        self.pad = tokenizer.encode("\n")[0]
+        self.end = tokenizer.encode("\n")[0]
         longest = self.row(99, 99)
         self.length = 1 + max(len(question) + len(answer) for question, answer in (longest, self.row(10, 99)))
         if self.length > context + 1:
@@ -117,7 +121,7 @@ class Questions:
 
     def padded(self, rows: list[tuple[list[int], list[int]]]) -> Batch:
         """Inputs [B T] and targets [B T], ignored in questions and after the answers."""
-        tokens = torch.full((len(rows), self.length), self.pad)
+        tokens = torch.full((len(rows), self.length), self.end)
         ends = torch.tensor([len(question) + len(answer) for question, answer in rows])
         for i, (question, answer) in enumerate(rows):
             tokens[i, : int(ends[i])] = torch.tensor(question + answer)

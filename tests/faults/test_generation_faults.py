@@ -29,9 +29,21 @@ def test_truncated_leaves_the_newest(start: int, left: list[float]) -> None:
     assert faults.Truncated(window=2).recalled(kept(), start).flatten().tolist() == left
 
 
+def test_corrupt_writes_over_one_position() -> None:
+    assert faults.Corrupt().recalled(kept(), 5).flatten().tolist() == [1, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("start", "left"), [(5, [0, 1, 2, 3, 5]), (2, [0, 2, 3, 4, 5])])
+def test_off_by_one_writes_over_the_newest(start: int, left: list[float]) -> None:
+    assert faults.OffByOne().recalled(kept(), start).flatten().tolist() == left
+
+
 @pytest.mark.parametrize(
     ("id", "at", "positions"),
     [
+        ("cache.corrupt", "blocks.0.attn", "rope"),
+        ("cache.off_by_one", "blocks.0.attn", "learned"),
+        ("cache.leaked", "blocks.1.attn", "alibi"),
         ("cache.position_ignored", "blocks.1.attn", "rope"),
         ("cache.position_ignored", "positions", "learned"),
         ("cache.stale", "blocks.0.attn", "alibi"),

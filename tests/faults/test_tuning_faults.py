@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lab import Run, Step
 
-IDS = ("tuning.adapter_dead", "tuning.adapter_unused", "tuning.base_not_frozen")
+IDS = ("tuning.adapter_dead", "tuning.adapter_unused", "tuning.base_not_frozen", "tuning.merged_stale")
 AT = "blocks.1.mlp.up"
 ADAPTERS = {"lora_rank": 2}
 
@@ -76,3 +76,23 @@ def test_a_model_without_adapters_is_refused(small_run: SmallRun, id: str) -> No
 def test_what_acts_when_the_run_is_built_refuses_a_step(small_run: SmallRun, id: str) -> None:
     with pytest.raises(BadInput, match="from_step"):
         small_run(faults=[{"id": id, "from_step": 3}], train=ADAPTERS)
+
+
+def test_stale_factors_answer_in_evaluation_only(small_run: SmallRun) -> None:
+    layer, seen = Layer(), []
+
+    @lab.plugin("test.modes", title="Calls the layer in both modes")
+    class Modes(lab.Plugin):
+        def lab_step_end(self, step: Step) -> None:
+            if step.index == 11:
+                x = torch.ones(1, layer.module.a.shape[1])
+                for mode in (True, False):
+                    layer.module.train(mode)
+                    seen.append((layer.module(x) - layer.module.base(x)).detach())
+                layer.module.train()
+
+    small_run(layer, Modes(), faults=[{"id": IDS[3], "at": AT}], train=ADAPTERS)
+    trained, evaluated = seen
+    assert float(trained.abs().max()) > 0
+    assert float(evaluated.abs().max()) == 0  # merged at the start, when B was 0
+    assert layer.moved == {"a", "b"}  # the layer has its own factors back

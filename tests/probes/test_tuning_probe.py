@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from conftest import SmallRun
 
 probes = importlib.import_module("lab.probes.tuning")
-RULES = {"adapter.dead", "adapter.unused", "adapter.base_trained"}
+RULES = {"adapter.dead", "adapter.unused", "adapter.base_trained", "adapter.stale"}
 
 
 def history_of(metric: str, values: list[float], **others: float) -> History:
@@ -94,3 +94,45 @@ def test_an_input_of_zeros_tells_nothing_of_an_adapter() -> None:
 def test_a_base_is_judged_only_where_it_takes_gradients(trainable: float, found: list[int]) -> None:
     history = history_of("adapter.base_moved", [0.0, 1e-9], adapter__base_trainable=trainable)
     assert [s.since for s in probes.adapter_base_trained.judge(history)] == found
+
+
+class Merging(Wrapped):
+    """Merges its update into the weight when it is told to evaluate, and takes it out again; or forgets to."""
+
+    merged: torch.Tensor | None = None
+
+    def __init__(self, *, forgets: bool) -> None:
+        super().__init__(8, used=True)
+        self.forgets = forgets
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode and not self.forgets:
+            self.merged = None
+        elif not mode and self.merged is None:
+            down, up = (self.get_parameter(f"lora_{part}.default.weight") for part in "AB")
+            self.merged = (self.base_layer.weight + up @ down * 16).detach()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or self.merged is None:
+            return super().forward(x)
+        return torch.nn.functional.linear(x, self.merged, self.base_layer.bias)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_layer_may_merge_when_it_is_told_to_evaluate(tmp_path: Path, forgets: bool) -> None:
+    torch.manual_seed(0)
+    layer = Merging(forgets=forgets)
+    layer.eval().train()
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 8), layer, torch.nn.Linear(8, 11))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(12):
+            tokens = torch.randint(11, (6, 9))
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    found = [(s.id, s.at) for s in watch.diagnosis.symptoms if s.id in RULES]
+    assert found == ([("adapter.stale", "1")] if forgets else [])

@@ -1,0 +1,126 @@
+"""Are there as many classes as tokens, and does every class count in the loss?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lab import NotChecked, Probe, Symptom, probe, rule, torch
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from torch import Tensor
+
+    from lab import History, Run, Step
+
+STEPS = 3  # measured steps that have to agree
+# The same numbers, added in float32 in another order: five digits agree. What is not the same differs in the fourth.
+ROUNDING, APART = 1e-5, 1e-4
+# Tables are made a multiple of 128 for each of up to 16 processes that share them, and of no more.
+ROUND_UP = 2048
+OTHERS = "it is not the lab's own training: which tokens there are is not known"
+
+
+@probe(
+    "vocabulary",
+    title="Does the model have the classes that there are, and does each count in the loss?",
+    every=10,
+    cost="two passes over the logits, on measured steps",
+)
+class Vocabulary(Probe):
+    """Counts the classes, and computes the loss of the lab's own training again, without each class in turn.
+
+    Records ``vocabulary.classes`` and ``vocabulary.tokens``, how many classes there are and how many the data have;
+    ``vocabulary.loss``, ``vocabulary.whole``, the mean over all targets that count, and of the means without the
+    targets of one class the nearest to the loss, ``vocabulary.without``, and that class, ``vocabulary.left_out``;
+    and ``vocabulary.unevenness``, how far the loss is from the mean over all.
+    """
+
+    def lab_loss(self, run: Run, step: Step) -> Generator[None, Tensor, Tensor]:
+        loss = yield
+        known = getattr(run.data, "vocabulary", None)
+        if step.mode != "train" or step.part or not (self.due(step) or step.examined) or not isinstance(known, int):
+            return loss
+        logits, targets = step.logits, step.batch.targets if step.batch is not None else None
+        if logits is None or targets is None or logits.shape[:-1] != targets.shape or loss.numel() != 1:
+            return loss
+        step.record("vocabulary.classes", float(logits.shape[-1]))
+        step.record("vocabulary.tokens", float(known))
+        self._without(step, logits.detach().flatten(0, -2), targets.flatten(), loss.detach().double())
+        return loss
+
+    def _without(self, step: Step, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+        """Leave each class out in turn: the sum of all losses less those of the class, by how many are left."""
+        kept = targets >= 0
+        own = targets.clamp_min(0)  # [N]
+        z = logits.float()
+        losses = (z.logsumexp(-1) - z.gather(-1, own[:, None])[:, 0]).double() * kept  # [N]
+        zeros = losses.new_zeros(z.shape[-1])
+        total, count = zeros.index_add(0, own, losses), zeros.index_add(0, own, kept.double())  # [V]
+        left = count.sum() - count
+        without = (total.sum() - total) / left.clamp_min(1)  # [V]
+        gap = torch.where((count > 0) & (left > 0), (without - loss).abs(), torch.inf)
+        nearest = gap.argmin()
+        step.record("vocabulary.loss", loss)
+        step.record("vocabulary.whole", total.sum() / count.sum().clamp_min(1))
+        step.record("vocabulary.without", without[nearest])
+        step.record("vocabulary.left_out", nearest.double())
+        step.record("vocabulary.unevenness", (loss - total.sum() / count.sum().clamp_min(1)).abs())
+
+
+# ---------------------------------------------------------------- rules
+
+
+@rule(
+    "vocabulary.class_left_out",
+    title="Every class counts in the loss",
+    reads=(),
+    basis="experiment",
+    phase="loss",
+)
+def vocabulary_class_left_out(history: History) -> Iterator[Symptom]:
+    """The loss is the mean over all targets but those of one class, and not over all, in three measured steps or more.
+
+    Exact, and up to now: one class among many may fit by chance, but not the same one three times. Only in the lab's
+    own training: elsewhere a token of padding or of an image may be left out by the loss, rightly.
+    """
+    series = history.series("vocabulary.loss")
+    if not len(series):
+        raise NotChecked(OTHERS)
+    loss = series.values
+    whole, without, left = (history.series(f"vocabulary.{n}").values for n in ("whole", "without", "left_out"))
+    size = np.maximum(1, np.abs(loss))
+    wrong = (np.abs(loss - without) <= ROUNDING * size) & (np.abs(loss - whole) > APART * size) & (left == left[-1])
+    if not np.any(wrong | (np.abs(loss - whole) <= APART * size)):
+        raise NotChecked("the loss is no form of the cross-entropy that is known here")
+    right = np.flatnonzero(~wrong)
+    begin = int(right[-1]) + 1 if len(right) else 0
+    if len(wrong) - begin >= STEPS:
+        step, token = int(series.steps[begin]), int(left[-1])
+        text = f"the loss at step {step} is {loss[begin]:.5f}, the mean over all targets but those of class {token}; "
+        text += f"over all it is {whole[begin]:.5f}"
+        yield Symptom(at="", since=step, seen=float(loss[begin]), expected=f"{whole[begin]:.5g}", text=text)
+
+
+@rule(
+    "vocabulary.too_many",
+    title="The model has no more classes than there are tokens, rounded up",
+    reads=(),
+    basis="theory",
+    phase="forward",
+)
+def vocabulary_too_many(history: History) -> Iterator[Symptom]:
+    """There are more classes than tokens, rounded up to a multiple of 2048.
+
+    Tables are rounded up to a multiple of 64 or 128, or of 128 for each of the processes that share them; 2048 is that
+    for 16. A row that no token has is never learned, and only costs.
+    """
+    classes, tokens = history.series("vocabulary.classes"), history.series("vocabulary.tokens").values
+    if not len(classes):
+        raise NotChecked(OTHERS)
+    if found := classes.first(classes.values > np.ceil(tokens / ROUND_UP) * ROUND_UP):
+        step, seen = found
+        text = f"the model tells {seen:.0f} classes apart, and there are {tokens[0]:.0f} tokens"
+        yield Symptom(at="", since=step, seen=seen, expected=f"{tokens[0]:.0f}", text=text)
