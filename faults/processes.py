@@ -211,7 +211,7 @@ class SyncTooEarly(Fault):
     repair=INITIALISED_APART.repair,
 )
 class InitialisedApart(Fault):
-    """Shuffles the numbers in each weight of every process but the first, after the weights were broadcast."""
+    """Gives the numbers of each matrix other signs in every process but the first, after they were broadcast."""
 
     at: str = "distributed"
 
@@ -224,5 +224,5 @@ class InitialisedApart(Fault):
         draw = torch.Generator().manual_seed(rank)
         with torch.no_grad():
             for p in run.parameters.values() if rank else []:
-                order = torch.randperm(p.numel(), generator=draw).to(p.device)
-                p.copy_(p.flatten()[order].view(p.shape))
+                if p.dim() >= 2:
+                    p.mul_((2 * torch.randint(2, p.shape, generator=draw) - 1).to(p))
