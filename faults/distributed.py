@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lab import BadInput, Cause, Fault, fault
+from lab import BadInput, Cause, Fault, fault, torch
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from lab import Run
 
 NO_SYNC = Cause(
@@ -59,3 +61,29 @@ class NoSync(Fault):
             run.cleanup.callback(setattr, parallel, "syncing", True)
             run.cleanup.callback(parallel.__dict__.pop, "finish", None)
             parallel.syncing, parallel.finish = False, lambda: None
+
+
+@fault(
+    "distributed.drift",
+    title="Only the first process updates its weights",
+    cause="distributed.drift",
+    moves="ranks.drifted",
+    repair=DRIFT.repair,
+)
+class Drift(Fault):
+    """Puts the old weights back after each update, in every process but the first."""
+
+    at: str = "distributed"
+
+    def lab_start(self, run: Run) -> None:
+        if not any(hasattr(plugin, "parallel") for _, plugin in run.plugins.list_name_plugin()):
+            raise BadInput('distributed.drift: needs train.ranks above 1 and train.parallel = "data"')
+
+    def lab_update(self, run: Run) -> Generator[None, bool, bool]:
+        others = self.active(run) and torch.distributed.get_rank() > 0
+        held = [(p, p.detach().clone()) for p in run.parameters.values()] if others else []
+        done = yield
+        with torch.no_grad():
+            for p, before in held:
+                p.copy_(before)
+        return done

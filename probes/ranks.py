@@ -21,14 +21,15 @@ class Ranks(Probe):
     Records ``ranks.alike``, the share of weights that all processes began with alike, ``ranks.drifted``, how many of
     these are not alike any more, and ``ranks.gradients``, how many of them have gradients that are not. Where weights
     are cut, the share is below 1, and nothing is judged: a bias of 0
-    begins alike whether it is cut or not.
+    begins alike whether it is cut or not. And ``ranks.apart``, how many weights differ from the beginning on, and have
+    gradients that do not.
     """
 
     def lab_start(self) -> None:
         self._began: Tensor | None = None
 
     def lab_before_update(self, run: Run, step: Step) -> None:
-        if self._why_not(run) or not self.due(step):
+        if why_not(run) or not self.due(step):
             return
         # A sum in one order: of the same bits it is the same.
         held = list(run.parameters.values())
@@ -47,18 +48,21 @@ class Ranks(Probe):
         step.record("ranks.alike", self._began.double().mean())
         step.record("ranks.drifted", (self._began & ~alike).sum())
         step.record("ranks.gradients", (self._began & ~same).sum())
+        step.record("ranks.apart", (~self._began & ~alike & same & (sums[1] != 0)).sum())
 
     def lab_examine(self, run: Run) -> None:
-        if reason := self._why_not(run):
+        if reason := why_not(run):
             raise NotChecked(reason)
 
-    def _why_not(self, run: Run) -> str:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return "there is one process"
-        if torch.distributed.get_world_size() == 1:
-            return "there is one process"
-        # A message that some processes do not take part in is waited for without end.
-        return "" if run.config is not None else "whether every process is watched is not known"
+
+def why_not(run: Run) -> str:
+    """Say why processes cannot be compared; empty where they can."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return "there is one process"
+    if torch.distributed.get_world_size() == 1:
+        return "there is one process"
+    # A message that some processes do not take part in is waited for without end.
+    return "" if run.config is not None else "whether every process is watched is not known"
 
 
 def _apart(history: History, metric: str) -> tuple[int, float] | None:
@@ -103,4 +107,27 @@ def ranks_gradients(history: History) -> Iterator[Symptom]:
     if found := _apart(history, "ranks.gradients"):
         step, count = found
         text = f"just before the update of step {step} the processes hold other gradients of {count:.0f} weights"
+        yield Symptom(at="", since=step, seen=count, expected="0", text=text)
+
+
+@rule(
+    "ranks.apart",
+    title="Gradients are averaged of one model",
+    reads=("ranks.apart",),
+    basis="experiment",
+    phase="forward",
+)
+def ranks_apart(history: History) -> Iterator[Symptom]:
+    """Weights differ between the processes from the first look on, and their gradients are the same, and not 0.
+
+    Who averages gradients means to train one model. Where weights are cut, or each process has experts of its own,
+    their gradients differ as they do.
+    """
+    series = history.series("ranks.apart")
+    found = series.first(series.values > 0)
+    if found and all(series.values[series.steps >= found[0]] > 0):
+        if len(series) < 2:
+            raise NotChecked("one look at the processes tells of no difference that stays")
+        step, count = found
+        text = f"{count:.0f} weights differ between the processes at step {step}, and are given the same gradients"
         yield Symptom(at="", since=step, seen=count, expected="0", text=text)
