@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

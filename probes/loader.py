@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lab import NotChecked, Probe, Symptom, probe, rule
+from lab import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -98,7 +97,7 @@ def loading_missed(history: History) -> Iterator[Symptom]:
 
 @probe("ties", title="Do two tables that start as one stay one?", every=10, cost="one comparison of two tables")
 class Ties(Probe):
-    """Compares the table of the tokens with that of the logits, where they have one shape; one that is tied with itself.
+    """Compares the table of the tokens with that of the logits, where they have one shape; a tied one with itself.
 
     Records, by the name of the second, ``ties.equal``: the share of elements that are equal, and not 0.
     """

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

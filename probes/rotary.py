@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
 
 from .turning import SAME, Same, Turning, largest
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
 
 from .data import _coefficients, run_of
 from .ranks import why_not
