@@ -47,13 +47,17 @@ class FaultInfo:
 
 @dataclass(frozen=True)
 class ProbeInfo:
-    """What a probe says of itself. `every` is its cadence in steps; an examination runs in a sandbox."""
+    """What a probe says of itself. `every` is its cadence in steps; an examination runs in a sandbox.
+
+    `seldom`: its experiment is left out of some examined steps (see `lab.session.Session`).
+    """
 
     id: str
     title: str
     every: int
     cost: str
     examines: bool
+    seldom: bool = False
     doc: str = ""
 
 
@@ -89,7 +93,7 @@ class Plugin:
     """What takes part in a run. Every method named ``lab_...`` is a hook; see ``lab.hookspecs``."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)  # each is itself: a plugin has to be hashable
 class Fault(Plugin):
     """Breaks exactly one thing, and is undone when the run ends.
 
@@ -175,7 +179,7 @@ def fault(id: str, *, title: str, cause: str, moves: str, repair: str) -> Callab
     """
 
     def mark(cls: type[T]) -> type[T]:
-        made = dataclass(kw_only=True)(cls)
+        made = dataclass(kw_only=True, eq=False)(cls)
         made.info = FaultInfo(id, title, cause, moves, repair, _doc(cls))  # type: ignore[attr-defined]
         return made
 
@@ -183,7 +187,7 @@ def fault(id: str, *, title: str, cause: str, moves: str, repair: str) -> Callab
 
 
 def probe(
-    id: str, *, title: str, every: int = 1, cost: str = "", examines: bool = False
+    id: str, *, title: str, every: int = 1, cost: str = "", examines: bool = False, seldom: bool = False
 ) -> Callable[[type[T]], type[T]]:
     """Mark a class as a probe: watching, or (`examines`) running experiments in `lab_examine`.
 
@@ -193,10 +197,12 @@ def probe(
         every: The cadence in steps.
         cost: What a measured step costs, in words.
         examines: Whether it experiments on the model, in the sandbox of `lab_examine`.
+        seldom: Whether its experiment costs as much as a good part of a training step, so that it is not made at each
+            examined step: at the first three and the last, where something is suspected, and now and then between.
     """
 
     def mark(cls: type[T]) -> type[T]:
-        cls.info = ProbeInfo(id, title, every, cost, examines, _doc(cls))  # type: ignore[attr-defined]
+        cls.info = ProbeInfo(id, title, every, cost, examines, seldom, _doc(cls))  # type: ignore[attr-defined]
         cls.every = every  # type: ignore[attr-defined]
         return cls
 

@@ -105,6 +105,7 @@ class Step:
         clips: Each clipping of gradients between the backward pass and the update, as far as it was seen.
         lr: The learning rate.
         examined: Whether experiments run at the end of this step.
+        thorough: Whether all of them do, those that are made seldom too.
     """
 
     index: int
@@ -118,6 +119,7 @@ class Step:
     clips: list[Clip] = field(default_factory=list)
     lr: float | None = None
     examined: bool = False
+    thorough: bool = False
     _numbers: list[tuple[str, str, float]] = field(default_factory=list)
     _scalars: list[tuple[str, str, Tensor]] = field(default_factory=list)
     _vectors: list[tuple[str, Sequence[str], Tensor]] = field(default_factory=list)

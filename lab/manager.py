@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
     from types import ModuleType
 
-    from lab.context import Run
+    from lab.context import Run, Step
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -350,3 +350,8 @@ class Manager(pluggy.PluginManager):
     def event(self, name: str, run: Run, **arguments: Any) -> None:
         """Fire an event."""
         getattr(self.hook, name)(run=run, **arguments)
+
+    def examine(self, run: Run, step: Step) -> None:
+        """Fire `lab_examine`; leave out the experiments that are made seldom, unless this step is a thorough one."""
+        seldom = [] if step.thorough else [p for p in self.get_plugins() if isinstance(p, Probe) and p.info.seldom]
+        self.subset_hook_caller("lab_examine", seldom)(run=run, step=step)

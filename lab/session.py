@@ -33,7 +33,10 @@ class Session:
         run: With its model, optimiser and sites attached.
         catalogue: The rules and causes to judge by.
         examine_every: The cadence of experiments, in steps. It becomes a fifth of the run so far, once that is more,
-            up to ten times as much. A new symptom, or a suspicion, calls for one more at the next step.
+            up to ten times as much. A new symptom, or a suspicion, calls for one more at the next step. Experiments
+            that are made seldom belong to the first three of these steps, to the last step, to those that a suspicion
+            calls for, and else to each of which the number is three times that of the one before, or 40 times the
+            cadence away.
         agree: Whether any process of several wants to look again. An experiment calls the model, and the processes
             may have to call it together.
     """
@@ -48,7 +51,7 @@ class Session:
         self.store = Store(run.folder / METRICS)
         self._known: set[tuple[str, str]] = set()
         self._look_again = False
-        self._next = 0  # the step that is examined next, whatever is found before
+        self._next = self._next_thorough = 0  # the steps that are examined next, whatever is found before
         self._loss_was_finite = True
         self._reasons: dict[str, str] = {}
 
@@ -66,10 +69,15 @@ class Session:
 
     def begin_step(self, step: Step) -> None:
         """Make a step the current one, and decide whether it is examined."""
-        step.examined = step.index >= self._next or self._look_again
-        if step.index >= self._next:
-            every = self.examine_every
-            self._next = step.index + max(every, min(step.index // 5, 10 * every))
+        every, index = self.examine_every, step.index
+        step.examined = index >= self._next or self._look_again
+        step.thorough = step.examined and (
+            self._look_again or index >= self._next_thorough or index + 1 == self.run.steps
+        )
+        if index >= self._next:
+            self._next = index + max(every, min(index // 5, 10 * every))
+        if step.examined and index >= self._next_thorough:
+            self._next_thorough = index + (every if index < 2 * every else min(2 * index, 40 * every))
         self.run.step = step
 
     def before_update(self, step: Step) -> None:
@@ -95,6 +103,7 @@ class Session:
         if ended and run.history.last_step >= 0:
             self._flush(run.step)  # what was recorded after the last step, as by generation
             if not run.step.examined or self._look_again:
+                run.step.thorough = True
                 self._examine(run.step)
                 self._flush(run.step)
                 if self.agree(self._judge(run.step)):
@@ -113,7 +122,8 @@ class Session:
 
     def state(self) -> dict[str, int]:
         """What the next step depends on, for a checkpoint."""
-        return {"look_again": self._look_again, "loss_was_finite": self._loss_was_finite, "next": self._next}
+        about: dict[str, int] = {"look_again": self._look_again, "loss_was_finite": self._loss_was_finite}
+        return {**about, "next": self._next, "next_thorough": self._next_thorough}
 
     def resume(self, step: int, state: dict[str, int]) -> None:
         """Go on from a checkpoint before `step`: what was recorded later is forgotten, and will be recorded again."""
@@ -121,7 +131,7 @@ class Session:
         self.run.history = read_history(self.store.path)
         self._look_again = bool(state.get("look_again", False))
         self._loss_was_finite = bool(state.get("loss_was_finite", True))
-        self._next = state.get("next", 0)
+        self._next, self._next_thorough = state.get("next", 0), state.get("next_thorough", 0)
         findings = self.run.folder / FINDINGS
         lines = findings.read_text(encoding="utf-8").splitlines(keepends=True) if findings.is_file() else []
         kept = [line for line in lines if json.loads(line)["step"] < step]
@@ -139,7 +149,7 @@ class Session:
     def _examine(self, step: Step) -> None:
         if step.batch is not None:
             with sandbox(self.run.model, self.run.sites):
-                self.run.plugins.event("lab_examine", self.run, step=step)
+                self.run.plugins.examine(self.run, step)
 
     def _flush(self, step: Step) -> Row:
         row, artifacts = step.flush()
