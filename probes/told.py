@@ -70,7 +70,7 @@ class Told(Probe):
 
 
 class _After(_Calls):
-    """Notes what passes from the module on that is given the tokens. An encoder, which may see all, hears none of it."""
+    """Notes what passes from the module on that is given the tokens: an encoder before it may see everything."""
 
     def __init__(self, model: nn.Module, told: Tensor, *, everywhere: bool) -> None:
         super().__init__(model, *told.shape, everywhere=everywhere)
