@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 
     from lab import Run
 
+# What follows where the sum that a row is divided by holds later positions, or padding; and what shows it as a whole.
+LEAKS = (
+    "attention.rows",
+    "attention.beside",
+    "causality.leak",
+    "causality.blind",
+    "told.leak",
+    "mixing.padding*",
+    "generation.*",
+)
+DEPENDS = ("causality.future", "told.future", "mixing.padding")
+
 NO_SCALE = Cause(
     id="attention.no_scale",
     title="The scores are not divided by the square root of the head's width",
@@ -29,8 +41,8 @@ WRONG_AXIS = Cause(
     id="attention.wrong_axis",
     title="The softmax is taken over the queries",
     must=("attention.columns",),
-    may=("attention.rows", "attention.beside", "causality.leak", "causality.blind", "mixing.padding*", "generation.*"),
-    locate=("attention.columns", "causality.future", "mixing.padding"),  # what it divides by depends on later queries
+    may=LEAKS,
+    locate=("attention.columns", *DEPENDS),  # what it divides by depends on later queries
     module=True,
     repair="Take the softmax over the keys: softmax(scores, dim=-1) for scores [B H T S].",
     refute="Every row of the pattern sums to 1.",
@@ -42,8 +54,8 @@ MASK_AFTER = Cause(
     id="attention.mask_after_softmax",
     title="The mask is applied after the softmax",
     must=("attention.cut",),
-    may=("attention.rows", "attention.beside", "causality.leak", "causality.blind", "mixing.padding*", "generation.*"),
-    locate=("attention.cut", "causality.future", "mixing.padding"),  # what it divides by depends on later keys
+    may=LEAKS,
+    locate=("attention.cut", *DEPENDS),  # what it divides by depends on later keys
     module=True,
     repair="Set hidden scores to -inf before the softmax. To multiply the pattern by the mask afterwards leaves hidden "
     "positions in the sum that it was divided by.",

@@ -55,8 +55,12 @@ WRONG_SPLIT = Cause(
     id="attention.wrong_split",
     title="Heads are split along the wrong axis",
     must=("split.bare",),
-    may=("attention.beside", "causality.leak", "causality.blind", "generation.*"),
-    locate=("split.bare", "causality.future"),  # a head's position holds parts of other tokens, later ones too
+    may=("attention.beside", "causality.leak", "causality.blind", "told.leak", "generation.*"),
+    locate=(
+        "split.bare",
+        "causality.future",
+        "told.future",
+    ),  # a head's position holds parts of other tokens, later ones too
     repair="Split the width and then exchange heads and positions: x.view(B, T, H, D).transpose(1, 2) for x [B T H*D]. "
     "x.view(B, H, T, D) has the right shape and gives each head a few whole tokens, cut in pieces.",
     refute="Head h at position t holds the h-th slice of what the projection gives for token t.",

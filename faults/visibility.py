@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lab import Run
 
 # What a later key that has a weight brings with it.
-SEEN = ("attention.future", "attention.partial", "causality.leak", "generation.*")
+SEEN = ("attention.future", "attention.partial", "causality.leak", "told.leak", "generation.*")
 
 FINITE = Cause(
     id="mask.finite",
@@ -22,7 +22,7 @@ FINITE = Cause(
     must=("scores.finite",),
     may=SEEN,
     cannot=("causality.blind",),
-    locate=("scores.finite", "causality.future"),
+    locate=("scores.finite", "causality.future", "told.future"),
     module=True,
     repair="Fill hidden scores with float('-inf') or torch.finfo(scores.dtype).min, in the dtype in which the softmax "
     "is taken; or give a boolean attn_mask to scaled_dot_product_attention. A constant that was large once is not when "
@@ -38,7 +38,7 @@ MULTIPLIED = Cause(
     must=("scores.multiplied",),
     may=SEEN,
     cannot=("causality.blind",),
-    locate=("scores.multiplied", "causality.future"),
+    locate=("scores.multiplied", "causality.future", "told.future"),
     module=True,
     repair="Use scores.masked_fill(mask == 0, float('-inf')), or add a mask of 0 and -inf. exp(0) is 1: a score of 0 "
     "is an ordinary one, and often the largest of its row.",
@@ -73,6 +73,20 @@ PADDING_AXIS = Cause(
     refute="The columns of padding in the pattern are 0.",
     look="The None that stand around the mask, or its unsqueeze calls.",
     source="PyTorch documentation: MultiheadAttention, key_padding_mask",
+)
+
+TOLD_FUTURE = Cause(
+    id="mask.told_future",
+    title="A decoder sees later ones of the targets that it is told",
+    must=("told.future",),
+    may=("told.leak",),
+    locate=("told.leak",),
+    repair="Give the decoder's attention to itself a causal mask, while that to the encoder has none: tgt_mask="
+    "nn.Transformer.generate_square_subsequent_mask(T) and tgt_is_causal=True for nn.Transformer and "
+    "nn.TransformerDecoder, which have none by themselves.",
+    refute="d out_i / d told_j is 0 for all j > i.",
+    look="Which of the masks of the layer named is causal: that of the decoder, of the memory, or none.",
+    source="Vaswani et al., 2017, section 3.2.3; PyTorch documentation: nn.Transformer, tgt_mask",
 )
 
 
@@ -189,3 +203,21 @@ class PaddingWrongAxis(Fault):
             return pattern
         present = (pattern != 0).flatten(1, 2).any(1)  # [B S]
         return torch.softmax(scores, dim=-1) * present[:, None, :, None]
+
+
+@fault(
+    "mask.told_future",
+    title="A decoder's positions see later ones of what it is told",
+    cause="mask.told_future",
+    moves="told.future",
+    repair=TOLD_FUTURE.repair,
+)
+class ToldFuture(Fault):
+    """Opens the causal mask of a decoder that is told the targets, beside the inputs."""
+
+    at: str = "blocks.*.attn"
+
+    def lab_start(self, run: Run) -> None:
+        if run.config is None or run.config.train.objective != "seq2seq":
+            raise BadInput("mask.told_future: needs an encoder and a decoder, train.objective = 'seq2seq'")
+        self.replace(run, f"{self.at}.mask", torch.ones_like)

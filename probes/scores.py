@@ -63,7 +63,8 @@ class Scores(Probe):
 
     def _judge(self, layer: str, q: Tensor, k: Tensor, scores: Tensor, pattern: Tensor) -> None:
         record, at = self._run.step.record, f"{layer}.pattern"
-        exact = q.dtype == k.dtype == torch.float32  # under autocast they are not, and scores may be coarse
+        # Under autocast one of them is not, or E is not what was rounded: then scores may be coarse.
+        exact = q.dtype == k.dtype == scores.dtype == torch.float32
         eps = torch.finfo(pattern.dtype).eps
         q, scores, pattern = q.float(), scores.float(), pattern.float()
         k = k.float().repeat_interleave(len(q) // len(k), dim=0)
@@ -262,10 +263,11 @@ def scores_tied(history: History) -> Iterator[Symptom]:
     A warmup may begin at 0, so that the third look is to be of step 2 or later.
     """
     for site, series in history.each("scores.tied"):
-        wrong = series.values > 0
-        steps = {*series.steps[wrong]}
-        if len(steps) >= 3 and max(steps) >= 2 and wrong.all() and (found := series.first(wrong)):
+        if found := series.first(series.values > 0):
             step, count = found
+            later = series.steps >= step
+            if len({*series.steps[later]}) < 3 or series.steps[-1] < 2 or not (series.values[later] > 0).all():
+                continue
             text = f"{count:.0f} of the heads of {site} have the scores of another one, to the last bit, in every look"
             yield Symptom(at=site, since=step, seen=count, expected="0", text=text)
 
