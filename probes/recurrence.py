@@ -46,8 +46,8 @@ class Recurrence(Probe):
     """Differentiates the last output of each recurrence by its inputs, and calls the model once more.
 
     Records ``recurrence.earlier``, the share of the gradient on earlier positions; ``recurrence.growth``, how many
-    times the largest over the earlier half is that on the last position, as a power of 2; ``recurrence.carried``, how
-    far the output moves when the model is called again with the same tokens and the same random numbers, over its
+    times the largest of the last quarter the largest of the first half is, as a power of 2; ``recurrence.carried``,
+    how far the output moves when the model is called again with the same tokens and the same random numbers, over its
     largest value (0 where the input of the recurrence has moved already); ``recurrence.forget``, of an LSTM, the mean
     of the forget gate over the positions, of the unit in which it is largest. In each step: ``recurrence.continues``,
     the share of rows that begin with the last target of the same row in the batch before.
@@ -83,9 +83,8 @@ class Recurrence(Probe):
                 raise NotChecked("no recurrence in this model is called with a row of positions")
             sizes = shares(found, {name: call.made.shape[call.axis] - 1 for name, call in found.items()})
         for name, size in sizes.items():
-            step.record("recurrence.earlier", size[:-1].sum() / size.sum().clamp_min(1e-30), name)
-            half = size[: (len(size) + 1) // 2].amax()
-            step.record("recurrence.growth", half.clamp(1e-30, 1e30).log2() - size[-1].clamp(1e-30, 1e30).log2(), name)
+            step.record("recurrence.earlier", _share(size), name)
+            step.record("recurrence.growth", _growth(size), name)
         with torch.no_grad():
             second = self._called(run, rows)
             for name, call in found.items():
@@ -98,6 +97,19 @@ class Recurrence(Probe):
     def _called(self, run: Run, rows: Batch) -> dict[str, Call]:
         torch.manual_seed(0)  # what is drawn is the same in both calls; the sandbox puts the state back
         return calls(run, rows, self._modules)
+
+
+def _share(size: Tensor) -> Tensor:  # [T] -> []
+    """The share of the earlier positions; 1 where nothing at all comes back, as from units that are dead."""
+    total = size.sum()
+    return torch.where(total > 0, size[:-1].sum() / total.clamp_min(1e-30), torch.ones_like(total))
+
+
+def _growth(size: Tensor) -> Tensor:  # [T] -> []
+    """How many times the largest of the last quarter the largest of the earlier half is, as a power of 2."""
+    early, late = size[: (len(size) + 1) // 2].amax(), size[-(len(size) // 4) :].amax()
+    growth = early.clamp(1e-30, 1e30).log2() - late.clamp(1e-30, 1e30).log2()
+    return torch.where(late > 0, growth, torch.zeros_like(growth))
 
 
 def _moved(was: Call, now: Call) -> Tensor:
@@ -154,7 +166,7 @@ def recurrence_reset(history: History) -> Iterator[Symptom]:
     phase="backward",
 )
 def recurrence_grows(history: History) -> Iterator[Symptom]:
-    """2^24 times as large at an early position as at the last: in float32 the last adds nothing to the sum of both.
+    """2^24 times as large early as late: in float32 the last quarter of the positions adds nothing to the sum of all.
 
     Asked in two looks in a row. An orthogonal matrix, and one of 1/sqrt(F), let no gradient grow.
     """
@@ -162,7 +174,9 @@ def recurrence_grows(history: History) -> Iterator[Symptom]:
         grown = series.values > BITS
         if len(grown) >= 2 and (grown[1:] & grown[:-1]).any() and (found := series.first(grown)):
             step, bits = found
-            text = f"through {name} the gradient grows 2^{bits:.0f} times from the last position to the earlier half"
+            text = (
+                f"through {name} the gradient grows 2^{bits:.0f} times from the last quarter of a row to the first half"
+            )
             yield Symptom(at=name, since=step, seen=bits, expected="at most 24", text=text)
 
 
