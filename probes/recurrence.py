@@ -56,12 +56,10 @@ class Recurrence(Probe):
     def lab_start(self, run: Run) -> None:
         self._modules = _recurrences(run.model)
         self._ends: Tensor | None = None
-        if not self._modules:
-            raise NotChecked("no recurrence in this model")
 
     def lab_step_end(self, run: Run, step: Step) -> None:  # noqa: ARG002
         ends, self._ends = self._ends, None
-        batch = step.batch
+        batch = step.batch if self._modules else None
         tokens = batch.inputs if batch is not None else None
         if batch is None or tokens is None or tokens.dim() != 2 or tokens.is_floating_point():
             return
@@ -71,6 +69,8 @@ class Recurrence(Probe):
             self._ends = batch.targets[:, -1]
 
     def lab_examine(self, run: Run, step: Step) -> None:
+        if not self._modules:
+            raise NotChecked("no recurrence in this model")
         if step.batch is None or step.batch.inputs is None:
             raise NotChecked("the batch is not known")
         rows = step.batch.rows(1)
@@ -212,12 +212,14 @@ def _carried(history: History, name: str) -> tuple[int, float] | None:
 @rule(
     "recurrence.forgets",
     title="Some unit of each LSTM keeps its cell",
-    reads=("recurrence.forget",),
+    reads=("recurrence.earlier",),
     basis="theory",
     phase="forward",
 )
 def recurrence_forgets(history: History) -> Iterator[Symptom]:
     """Below 2^-12 in every unit, whenever looked at: after two positions less is left than float32 has bits for."""
+    if not history.sites("recurrence.forget"):
+        raise NotChecked("no recurrence in this model has a forget gate that is known here")
     for name, series in history.each("recurrence.forget"):
         if len(series.values) >= LOOKS and (series.values < 2.0**-12).all():
             step, seen = int(series.steps[0]), float(series.values.max())

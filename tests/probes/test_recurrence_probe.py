@@ -38,6 +38,7 @@ def test_healthy_recurrences_are_silent(small_run: SmallRun, mixer: str, model: 
 
 def test_without_a_recurrence_it_is_not_checked(small_run: SmallRun) -> None:
     diagnosis, _ = small_run(steps=2)
+    assert diagnosis.verdict == "healthy"
     assert all("no recurrence in this model" in diagnosis.not_checked[rule] for rule in RULES)
 
 
