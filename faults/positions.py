@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from lab import BadInput, Cause, Fault, fault
+from lab import BadInput, Cause, Fault, fault, torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Generator
+
+    from torch import Tensor, nn
 
     from lab import Run
 
@@ -47,6 +49,19 @@ OFF_BY_ONE = Cause(
     refute="Position 0 and position 1 have different vectors.",
     look="How the indices are made: a shift by one, and a clamp at 0 that hides it.",
     source="Hugging Face Transformers: position_ids made from an attention_mask by cumsum",
+)
+
+ANGLES_HALF = Cause(
+    id="positions.angles_half",
+    title="The angles of a table of sines are computed in half precision",
+    must=("positions.uneven",),
+    may=("positions.late",),  # far from the beginning, neighbours are rounded to one position
+    module=True,
+    repair="Compute positions, rates and their product in float32, torch.arange(T, dtype=torch.float32), whatever "
+    "torch.set_default_dtype says; take sines and cosines, and cast those.",
+    refute="From each position to the next, each pair of a sine and a cosine is turned by the same angle.",
+    look="The dtype of torch.arange and of the rates, where the table is made.",
+    source="Vaswani et al., 2017, section 3.5; huggingface/transformers#29285 (the same in rotary positions)",
 )
 
 
@@ -113,3 +128,34 @@ class OffByOne(Fault):
 
     def change(self, table: Tensor) -> Tensor:  # [T C]
         return table[[max(t - 1, 0) for t in range(len(table))]]
+
+
+@fault(
+    "positions.angles_half",
+    title="A table of sines is made of angles in bfloat16",
+    cause="positions.angles_half",
+    moves="positions.unevenness",
+    repair=ANGLES_HALF.repair,
+)
+class AnglesHalf(Fault):
+    """Makes the table anew, from positions times rates in bfloat16."""
+
+    at: str = "positions"
+
+    def lab_build_model(self) -> Generator[None, nn.Module, nn.Module]:
+        self.from_the_start()
+        model = yield
+        module = dict(model.named_modules()).get(self.at)
+        table = dict(module.named_buffers()).get("table") if module is not None else None
+        if table is None:
+            raise BadInput(f"positions.angles_half: no table of sines at {self.at!r}: model.positions = 'sinusoidal'")
+        context, width = table.shape
+        table.copy_(sines(context, width, torch.bfloat16))
+        return model
+
+
+def sines(context: int, width: int, dtype: torch.dtype) -> Tensor:  # -> [T C]
+    """Sine and cosine side by side, of angles computed in `dtype`."""
+    rates = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)  # [C/2]
+    angles = (torch.arange(context).to(dtype)[:, None] * rates.to(dtype)).double()  # [T C/2]
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width].float()

@@ -43,7 +43,8 @@ EXPLODES = Cause(
     id="recurrent.explodes",
     title="The matrix on a recurrence's state is far too large",
     must=("recurrence.grows",),
-    may=("weight.*", "gradient.*", "loss.*", "value.*"),
+    # Clipping makes all other gradients so small beside these that what they belong to stays.
+    may=("movement.none", "weight.nonfinite", "gradient.nonfinite", "loss.nonfinite", "value.nonfinite"),
     repair="Start the matrix on the state orthogonal (nn.init.orthogonal_(layer.weight_hh_l0), gate by gate), with "
     "gain 1 for tanh. Clipping bounds the step that is taken, not which positions it learns from.",
     refute="The gradient at the first position is no larger than that at the last.",

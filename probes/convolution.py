@@ -45,10 +45,10 @@ class Convolution(Probe):
 
     def lab_start(self, run: Run) -> None:
         self._modules = _convolutions(run.model)
-        if not self._modules:
-            raise NotChecked("no convolution over positions in this model")
 
     def lab_examine(self, run: Run, step: Step) -> None:
+        if not self._modules:
+            raise NotChecked("no convolution over positions in this model")
         if step.batch is None or step.batch.inputs is None:
             raise NotChecked("the batch is not known")
         with torch.enable_grad():

@@ -13,13 +13,20 @@ if TYPE_CHECKING:
 
     from lab import History, Run, Site
 
+LENGTH = 512  # of a table's positions, those whose angles are compared
+# To bfloat16, a sine is rounded by 2^-9 at most, and three of them are compared: what is stored so differs by less.
+STORED = 2.0**-6
+
 
 @probe("positions", title="Has each position a vector of its own?", every=10, cost="a sort of one number a position")
 class Positions(Probe):
     """Looks at each table of positions [T C] as the model uses it.
 
     Records ``positions.repeated``, the share of the positions whose vector another one has too;
-    ``positions.early`` and ``positions.late``, whether the first two, and the last two, have the same.
+    ``positions.early`` and ``positions.late``, whether the first two, and the last two, have the same. Of a table that
+    is not learned, ``positions.circle``, how far the squares of each sine and its cosine are from adding up to 1, and
+    ``positions.unevenness``: a pair as a complex number z(t), over that at the first position, is w(t), and this is the
+    largest ``|w(t+1) - w(t) w(1)|``.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -33,6 +40,7 @@ class Positions(Probe):
     def _see(self, site: Site, table: Tensor) -> None:  # [T C]
         if table.dim() != 2 or len(table) < 3:
             return
+        fixed = not table.requires_grad and table.dtype in (torch.float32, torch.float64)
         table = table.detach().double()
         # Equal vectors have equal products; that different ones do too has no measurable chance.
         weights = torch.linspace(1.0, 2.0, table.shape[1], device=table.device, dtype=table.dtype).sin()
@@ -43,6 +51,20 @@ class Positions(Probe):
         step.record("positions.repeated", repeated.double().mean(), site.name)
         step.record("positions.early", (table[0] == table[1]).all().double(), site.name)
         step.record("positions.late", (table[-1] == table[-2]).all().double(), site.name)
+        if fixed and table.shape[1] >= 2:
+            circle, unevenness = _circles(table)
+            step.record("positions.circle", circle, site.name)
+            step.record("positions.unevenness", unevenness, site.name)
+
+
+def _circles(table: Tensor) -> tuple[Tensor, Tensor]:  # [T C] -> [], []
+    """How far pairs of channels are from a circle, and from going round it evenly; pairs in the better of two ways."""
+    table = table[:LENGTH, : table.shape[1] // 2 * 2]
+    ways = [torch.complex(*table.chunk(2, dim=-1)), torch.complex(table[:, 0::2], table[:, 1::2])]  # [T C/2] each
+    circle = torch.stack([(z.abs().square() - 1).abs().amax() for z in ways])  # [2]
+    turned = [z * z[:1].conj() for z in ways]
+    uneven = torch.stack([(w[1:] - w[:-1] * w[1:2]).abs().amax() for w in turned])  # [2]
+    return circle.amin(), uneven[circle.argmin()]
 
 
 def _always(history: History, metric: str) -> Iterator[tuple[str, int, float]]:
@@ -98,3 +120,27 @@ def positions_early(history: History) -> Iterator[Symptom]:
         if not (history.series("positions.late", site).values > 0).all():
             text = f"{site} gives its first two positions the same vector"
             yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
+
+
+@rule(
+    "positions.uneven",
+    title="From each position to the next, a table of sines goes on by the same angles",
+    reads=("positions.repeated",),
+    basis="theory",
+    phase="forward",
+)
+def positions_uneven(history: History) -> Iterator[Symptom]:
+    """Angles are multiples of a rate; what bfloat16 makes of sines is allowed for, and what it makes of angles is not.
+
+    A table is one of sines if the squares of each pair add up to 1. A learned one is not asked.
+    """
+    judged = False
+    for site, series in history.each("positions.circle"):
+        sines = series.values < STORED
+        judged |= bool(sines.any())
+        unevenness = history.series("positions.unevenness", site)
+        if found := unevenness.first((unevenness.values > STORED) & sines):
+            text = f"the angles of {site} are off the multiples of a rate by up to {found[1]:.2g}"
+            yield Symptom(at=site, since=found[0], seen=found[1], expected="0", text=text)
+    if not judged:
+        raise NotChecked("no attention in this model is preceded by a fixed table of sines")

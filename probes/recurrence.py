@@ -45,8 +45,8 @@ class Recurrence(Probe):
     """Differentiates the last output of each recurrence by its inputs, and calls the model once more.
 
     Records ``recurrence.earlier``, the share of the gradient on earlier positions; ``recurrence.growth``, how many
-    times the largest over the earlier half is that on the last position, as a power of 2; ``recurrence.carried``, how
-    far the output moves when the model is called again with the same tokens and the same random numbers, over its
+    times the largest of the last quarter the largest of the first half is, as a power of 2; ``recurrence.carried``,
+    how far the output moves when the model is called again with the same tokens and the same random numbers, over its
     largest value (0 where the input of the recurrence has moved already); ``recurrence.forget``, of an LSTM, the mean
     of the forget gate over the positions, of the unit in which it is largest. In each step: ``recurrence.continues``,
     the share of rows that begin with the last target of the same row in the batch before.
@@ -55,12 +55,10 @@ class Recurrence(Probe):
     def lab_start(self, run: Run) -> None:
         self._modules = _recurrences(run.model)
         self._ends: Tensor | None = None
-        if not self._modules:
-            raise NotChecked("no recurrence in this model")
 
     def lab_step_end(self, run: Run, step: Step) -> None:  # noqa: ARG002
         ends, self._ends = self._ends, None
-        batch = step.batch
+        batch = step.batch if self._modules else None
         tokens = batch.inputs if batch is not None else None
         if batch is None or tokens is None or tokens.dim() != 2 or tokens.is_floating_point():
             return
@@ -70,6 +68,8 @@ class Recurrence(Probe):
             self._ends = batch.targets[:, -1]
 
     def lab_examine(self, run: Run, step: Step) -> None:
+        if not self._modules:
+            raise NotChecked("no recurrence in this model")
         if step.batch is None or step.batch.inputs is None:
             raise NotChecked("the batch is not known")
         rows = step.batch.rows(1)
@@ -82,9 +82,8 @@ class Recurrence(Probe):
                 raise NotChecked("no recurrence in this model is called with a row of positions")
             sizes = shares(found, {name: call.made.shape[call.axis] - 1 for name, call in found.items()})
         for name, size in sizes.items():
-            step.record("recurrence.earlier", size[:-1].sum() / size.sum().clamp_min(1e-30), name)
-            half = size[: (len(size) + 1) // 2].amax()
-            step.record("recurrence.growth", half.clamp(1e-30, 1e30).log2() - size[-1].clamp(1e-30, 1e30).log2(), name)
+            step.record("recurrence.earlier", _share(size), name)
+            step.record("recurrence.growth", _growth(size), name)
         with torch.no_grad():
             second = self._called(run, rows)
             for name, call in found.items():
@@ -97,6 +96,19 @@ class Recurrence(Probe):
     def _called(self, run: Run, rows: Batch) -> dict[str, Call]:
         torch.manual_seed(0)  # what is drawn is the same in both calls; the sandbox puts the state back
         return calls(run, rows, self._modules)
+
+
+def _share(size: Tensor) -> Tensor:  # [T] -> []
+    """The share of the earlier positions; 1 where nothing at all comes back, as from units that are dead."""
+    total = size.sum()
+    return torch.where(total > 0, size[:-1].sum() / total.clamp_min(1e-30), torch.ones_like(total))
+
+
+def _growth(size: Tensor) -> Tensor:  # [T] -> []
+    """How many times the largest of the last quarter the largest of the earlier half is, as a power of 2."""
+    early, late = size[: (len(size) + 1) // 2].amax(), size[-(len(size) // 4) :].amax()
+    growth = early.clamp(1e-30, 1e30).log2() - late.clamp(1e-30, 1e30).log2()
+    return torch.where(late > 0, growth, torch.zeros_like(growth))
 
 
 def _moved(was: Call, now: Call) -> Tensor:
@@ -153,7 +165,7 @@ def recurrence_reset(history: History) -> Iterator[Symptom]:
     phase="backward",
 )
 def recurrence_grows(history: History) -> Iterator[Symptom]:
-    """2^24 times as large at an early position as at the last: in float32 the last adds nothing to the sum of both.
+    """2^24 times as large early as late: in float32 the last quarter of the positions adds nothing to the sum of all.
 
     Asked in two looks in a row. An orthogonal matrix, and one of 1/sqrt(F), let no gradient grow.
     """
@@ -161,7 +173,9 @@ def recurrence_grows(history: History) -> Iterator[Symptom]:
         grown = series.values > BITS
         if len(grown) >= 2 and (grown[1:] & grown[:-1]).any() and (found := series.first(grown)):
             step, bits = found
-            text = f"through {name} the gradient grows 2^{bits:.0f} times from the last position to the earlier half"
+            text = (
+                f"through {name} the gradient grows 2^{bits:.0f} times from the last quarter of a row to the first half"
+            )
             yield Symptom(at=name, since=step, seen=bits, expected="at most 24", text=text)
 
 
@@ -197,12 +211,14 @@ def _carried(history: History, name: str) -> tuple[int, float] | None:
 @rule(
     "recurrence.forgets",
     title="Some unit of each LSTM keeps its cell",
-    reads=("recurrence.forget",),
+    reads=("recurrence.earlier",),
     basis="theory",
     phase="forward",
 )
 def recurrence_forgets(history: History) -> Iterator[Symptom]:
     """Below 2^-12 in every unit, whenever looked at: after two positions less is left than float32 has bits for."""
+    if not history.sites("recurrence.forget"):
+        raise NotChecked("no recurrence in this model has a forget gate that is known here")
     for name, series in history.each("recurrence.forget"):
         if len(series.values) >= LOOKS and (series.values < 2.0**-12).all():
             step, seen = int(series.steps[0]), float(series.values.max())

@@ -47,11 +47,11 @@ class Rotary(Probe):
             others = [found for name in ("k", "v") for found in run.sites.match(f"{site.module}.{name}")]
             if len(others) == 2 and all(found.axes == ["B", "H", "T", "D"] for found in (site, *others)):
                 layers.append(site.module)
-        if not layers:
-            raise NotChecked(NONE)
         self._layers = layers
 
     def lab_examine(self, run: Run, step: Step) -> None:
+        if not self._layers:
+            raise NotChecked(NONE)
         if step.batch is None or step.batch.inputs is None:
             raise NotChecked("the batch is not known")
         suspects = [name for name in self._layers if run.history.last("rotary.value_change", name) > SAME]

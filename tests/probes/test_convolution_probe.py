@@ -34,6 +34,7 @@ def test_causal_convolutions_are_silent(small_run: SmallRun, model: dict[str, ob
 
 def test_without_a_convolution_it_is_not_checked(small_run: SmallRun) -> None:
     diagnosis, _ = small_run(steps=2)
+    assert diagnosis.verdict == "healthy"
     assert "no convolution" in diagnosis.not_checked["convolution.own"]
 
 

@@ -38,6 +38,7 @@ def test_healthy_recurrences_are_silent(small_run: SmallRun, mixer: str, model: 
 
 def test_without_a_recurrence_it_is_not_checked(small_run: SmallRun) -> None:
     diagnosis, _ = small_run(steps=2)
+    assert diagnosis.verdict == "healthy"
     assert all("no recurrence in this model" in diagnosis.not_checked[rule] for rule in RULES)
 
 
@@ -127,3 +128,12 @@ def looks(metric: str, *values: float) -> History:
 )
 def test_what_rules_ask(rule: str, metric: str, values: tuple[float, ...], found: bool) -> None:
     assert bool([*getattr(probes, rule).judge(looks(metric, *values))]) is found
+
+
+def test_a_share_and_a_growth() -> None:
+    size = torch.tensor([64.0, 8.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0])
+    assert float(probes._share(size)) == pytest.approx(85 / 86)
+    assert float(probes._growth(size)) == 6
+    assert float(probes._share(size * 0)) == 1  # dead, not forgetful
+    assert float(probes._growth(size * 0)) == 0
+    assert float(probes._growth(size.flip(0))) == -5
