@@ -41,7 +41,7 @@ class Blocks(Probe):
     """
 
     def lab_start(self, run: Run) -> None:
-        self._lists = list(_lists(run.model))
+        self._lists = list(lists_of_blocks(run.model))
         self._graded: tuple[int, set[str]] = (-1, set())
 
     def lab_before_update(self, run: Run, step: Step) -> None:
@@ -104,7 +104,7 @@ class Blocks(Probe):
                     step.record("path.unheard", float(unheard and bool(others)), path)
 
 
-def _lists(model: nn.Module) -> Iterator[list[str]]:
+def lists_of_blocks(model: nn.Module) -> Iterator[list[str]]:
     """Yield the names of the blocks of each list of two at least."""
     for path, parent in model.named_modules():
         if isinstance(parent, torch.nn.ModuleList):

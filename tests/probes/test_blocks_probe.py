@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def named(diagnosis: lab.Diagnosis) -> list[tuple[str, str]]:
         {"train": {"objective": "seq2seq"}},
     ],
 )
-def test_healthy_runs_are_silent(small_run: SmallRun, changes: dict[str, object]) -> None:
+def test_healthy_runs_are_silent(small_run: SmallRun, changes: dict[str, Any]) -> None:
     diagnosis, _ = small_run(steps=21, **changes)
     assert named(diagnosis) == []
     assert set(diagnosis.checked) >= RULES
@@ -59,7 +59,7 @@ class Model(nn.Module):
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        self.way = way
+        self.way, self.head = way, nn.Linear(8, 8)
         self.layers = nn.ModuleList(Part(way == "forgets" and i == 1) for i in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,8 @@ class Model(nn.Module):
             if self.way == "drops" and self.training and torch.rand(()) < 0.5:
                 continue
             x = layer(x)
-        return x[:, :1].expand_as(x) if self.way == "first" else x
+        out: torch.Tensor = self.head(x)
+        return out[:, :1].expand_as(out) if self.way == "first" else out
 
 
 @pytest.mark.parametrize(
