@@ -104,5 +104,5 @@ def noise_stream(history: History) -> Iterator[Symptom]:
     for name, series in history.each("noise.stream"):
         if found := series.finite.first(series.finite.values > ROUNDING):
             step, seen = found
-            text = f"{name} gives two answers to one input, even with all its parameters at 0 ({seen:.2g} of the largest input apart)"
+            text = f"{name} gives two answers to one input, even with all its parameters at 0"
             yield Symptom(at=name, since=step, seen=seen, expected="0", text=text)

@@ -30,9 +30,7 @@ class Part(nn.Module):
         y = self.branch(self.after(self.norm(x)))
         if self.draws == "dropout":
             y = F.dropout(y, 0.5)  # in evaluation too
-        elif self.draws == "stream":
-            y = y + torch.randn_like(y)
-        elif self.draws == "training" and self.training:
+        elif self.draws == "stream" or (self.draws == "training" and self.training):
             y = y + torch.randn_like(y)
         out: torch.Tensor = x + y
         return out
