@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lab import Batch, History, Run, Step
+    from lab import History, Run, Step
 
 NORM = re.compile(r"norm", re.IGNORECASE)
 NORMED = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
@@ -27,17 +27,18 @@ ROUNDING = 1e-6
 @probe(
     "blocks",
     title="Is every block on the path, and every norm in it, and do tokens stay apart?",
-    cost="a forward pass on two rows, on examined steps",
+    cost="forward and backward on two rows, on examined steps",
     examines=True,
 )
 class Blocks(Probe):
-    """Notes which weights have no gradient, then calls the model in evaluation mode and notes which modules it calls.
+    """Notes which weights have a gradient, then calls the model in evaluation mode, and notes what it calls and uses.
 
     A block is a member of a list of modules, and holds at least two norms beside its matrices. Records
     ``path.skipped`` (1: no weight of the block has a gradient, and nothing in it is called, while other blocks of the
-    list are), ``path.unheard`` (1: a norm in a block is called and has no gradient, while all else in the block has),
-    and ``stream.apart_in`` and ``stream.apart_out``: the largest distance between an element at the first position
-    and at any other, of what a block is given and of what it gives out, over the largest element.
+    list are), ``path.unheard`` (1: a norm in a block is called, the model's output does not depend on what it gives
+    out, and it has no gradient in training), and ``stream.apart_in`` and ``stream.apart_out``: the largest distance
+    between an element at the first position and at any other, of what a block is given and of what it gives out, over
+    the largest element.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -53,35 +54,20 @@ class Blocks(Probe):
             raise NotChecked("the batch is not known")
         if not self._lists:
             raise NotChecked("no list of blocks with norms in this model")
-        called, apart = self._call(run, step.batch)
+        calls = _Calls(run.model, {name for names in self._lists for name in names})
+        run.model.eval()
+        with torch.enable_grad(), calls:
+            answer = run.call(step.batch.rows(ROWS))
+        apart = calls.apart
         if apart:
             for which, metric in enumerate(("stream.apart_in", "stream.apart_out")):
                 step.record_all(metric, tuple(apart), torch.stack([pair[which] for pair in apart.values()]))
         if self._graded[0] == step.index and self._graded[1]:
             for names in self._lists:
-                self._paths(run, step, names, called)
+                self._skipped(run, step, names, calls.called)
+            self._unheard(step, answer, calls.norms)
 
-    def _call(self, run: Run, batch: Batch) -> tuple[set[str], dict[str, tuple[Tensor, Tensor]]]:
-        """Call the model; return which modules of blocks it calls, and how far apart tokens are around each block."""
-        called: set[str] = set()
-        apart: dict[str, tuple[Tensor, Tensor]] = {}
-        blocks = {name for names in self._lists for name in names}
-        handles = []
-        for name, module in run.model.named_modules():
-            if any(name == block or name.startswith(f"{block}.") for block in blocks):
-                handles.append(module.register_forward_hook(_note(called, name), with_kwargs=True))
-            if name in blocks:
-                handles.append(module.register_forward_hook(_compare(apart, name), with_kwargs=True))
-        run.model.eval()
-        try:
-            with torch.no_grad():
-                run.call(batch.rows(ROWS))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return called, apart
-
-    def _paths(self, run: Run, step: Step, names: list[str], called: set[str]) -> None:
+    def _skipped(self, run: Run, step: Step, names: list[str], called: set[str]) -> None:
         graded = self._graded[1]
         weights = {name: [key for key in run.parameters if key.startswith(f"{name}.")] for name in names}
         used = [name for name in names if graded.intersection(weights[name])]
@@ -95,13 +81,15 @@ class Blocks(Probe):
         for name in (*used, *idle):
             # Where most of a list rest, it may be meant: a choice of one of several.
             step.record("path.skipped", float(name in idle and len(used) >= len(idle)), name)
-        for name in used:
-            for path, module in run.model.get_submodule(name).named_modules(prefix=name):
-                mine = [key for key in weights[name] if key.startswith(f"{path}.")]
-                if mine and NORMED.search(type(module).__name__):
-                    others = set(weights[name]).difference(mine)
-                    unheard = path in called and not graded.intersection(mine) and others <= graded
-                    step.record("path.unheard", float(unheard and bool(others)), path)
+
+    def _unheard(self, step: Step, answer: Tensor, norms: dict[str, Tensor]) -> None:
+        if not norms or not answer.requires_grad:
+            return
+        ways = torch.cos(torch.arange(answer.numel(), device=answer.device)).view(answer.shape)
+        grads = torch.autograd.grad((answer * ways).sum(), list(norms.values()), allow_unused=True)
+        for name, grad in zip(norms, grads, strict=True):
+            trains = any(key.startswith(f"{name}.") for key in self._graded[1])
+            step.record("path.unheard", float(grad is None and not trains), name)
 
 
 def lists_of_blocks(model: nn.Module) -> Iterator[list[str]]:
@@ -119,11 +107,41 @@ def _is_block(module: nn.Module) -> bool:
     return len(norms) >= 2 and any(p.dim() >= 2 for p in module.parameters())
 
 
-def _note(called: set[str], name: str) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        called.add(name)
+class _Calls:
+    """While in the block, notes which modules of the blocks are called, and cuts the graph after each norm."""
 
-    return hook
+    def __init__(self, model: nn.Module, blocks: set[str]) -> None:
+        self.model, self.blocks = model, blocks
+        self.called: set[str] = set()
+        self.apart: dict[str, tuple[Tensor, Tensor]] = {}
+        self.norms: dict[str, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name, module in self.model.named_modules():
+            if any(name == block or name.startswith(f"{block}.") for block in self.blocks):
+                self._handles.append(module.register_forward_hook(self._note(name)))
+            if name in self.blocks:
+                self._handles.append(module.register_forward_hook(_compare(self.apart, name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, _args: object, output: object) -> Tensor | None:
+            self.called.add(name)
+            # Without a graph, as in a block that is checkpointed the older way, it cannot be told what is used.
+            if not NORMED.search(type(module).__name__) or not torch.is_grad_enabled() or name in self.norms:
+                return None
+            if not torch.is_tensor(output) or not output.is_floating_point():
+                return None
+            leaf: Tensor = output.detach().requires_grad_()
+            self.norms[name] = leaf
+            return leaf.clone()
+
+        return hook
 
 
 def _compare(apart: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[..., None]:
@@ -153,7 +171,7 @@ def _since(history: History, metric: str, name: str) -> int | None:
 
 def _enough(history: History, metric: str) -> None:
     if max(len(series) for _, series in history.each(metric)) < LOOKS:
-        raise NotChecked(f"fewer than {LOOKS} looks at a block: a branch may be left out now and then")
+        raise NotChecked(f"fewer than {LOOKS} looks at a block: what is left out once may be chance")
 
 
 @rule(
@@ -183,15 +201,15 @@ def path_skipped(history: History) -> Iterator[Symptom]:
     phase="forward",
 )
 def path_unheard(history: History) -> Iterator[Symptom]:
-    """A norm that is called and has no gradient, where each other weight of its block has one: its output goes nowhere.
+    """A norm that is called, and on whose output nothing depends: not the model's, nor, without a gradient, the loss.
 
-    Where a branch is left out at random, its matrices have no gradient either, and it is not asked.
+    In evaluation, where no branch is left out at random.
     """
     _enough(history, "path.unheard")
     for name in history.sites("path.unheard"):
         if (step := _since(history, "path.unheard", name)) is not None:
-            text = f"{name} is called, and what it gives out has no influence on the loss, from step {step}"
-            yield Symptom(at=name, since=step, seen=0.0, expected="a gradient", text=text)
+            text = f"{name} is called, and nothing depends on what it gives out, from step {step}"
+            yield Symptom(at=name, since=step, seen=1.0, expected="0", text=text)
 
 
 @rule(

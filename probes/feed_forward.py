@@ -72,7 +72,8 @@ class FeedForward(Probe):
         bend = torch.stack([(slopes - 1).abs().amax(), (hidden - given).abs().amax() / given.abs().amax()]).amax()
         step.record("ffn.bend", bend, name)
         ends = [(still & (hidden == end)).float().mean() for end in (hidden.amin(), hidden.amax())]
-        step.record("ffn.flat", (2 * torch.stack(ends).amin()).clamp_max(1), name)
+        speaks_at_all = (~none).any()  # else both ends are 0, and it is silent
+        step.record("ffn.flat", (2 * torch.stack(ends).amin()).clamp_max(1) * speaks_at_all, name)
         step.record("ffn.silent", (none & still).all(0).float().mean(), name)
         # An activation is one function for all neurons: what is 0 while less makes another neuron speak was set to 0.
         least = given.amin(0)
