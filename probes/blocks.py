@@ -108,7 +108,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 class _Calls:
-    """While in the block, notes which modules of the blocks are called, and adds to each norm a 0 to differentiate by."""
+    """While in the block, notes which modules of the blocks are called, and adds a 0 to what each norm gives out."""
 
     def __init__(self, model: nn.Module, blocks: set[str]) -> None:
         self.model, self.blocks = model, blocks
