@@ -36,9 +36,9 @@ class Blocks(Probe):
     A block is a member of a list of modules, and holds at least two norms beside its matrices. Records
     ``path.skipped`` (1: no weight of the block has a gradient, and nothing in it is called, while other blocks of the
     list are), ``path.unheard`` (1: a norm in a block is called, the model's output does not depend on what it gives
-    out, and it has no gradient in training), and ``stream.apart_in`` and ``stream.apart_out``: the largest distance
-    between an element at the first position and at any other, of what a block is given and of what it gives out, over
-    the largest element.
+    out, and it has no gradient in training), and ``stream.apart``: the largest distance between an element at the
+    first position and at any other, of what a block gives out, over the largest element; with ``stream.alike`` (1: that
+    is 0 but for rounding, and of what the block is given it is not).
     """
 
     def lab_start(self, run: Run) -> None:
@@ -58,10 +58,12 @@ class Blocks(Probe):
         run.model.eval()
         with torch.enable_grad(), calls:
             answer = run.call(step.batch.rows(ROWS))
-        apart = calls.apart
-        if apart:
-            for which, metric in enumerate(("stream.apart_in", "stream.apart_out")):
-                step.record_all(metric, tuple(apart), torch.stack([pair[which] for pair in apart.values()]))
+        if calls.apart:
+            names = tuple(calls.apart)
+            given, out = (torch.stack(values) for values in zip(*calls.apart.values(), strict=True))
+            step.record_all("stream.apart", names, out)
+            alike = ((out <= ROUNDING) & (given > APART)).float()
+            step.record_all("stream.alike", names, torch.where((out + given).isfinite(), alike, torch.nan))
         if self._graded[0] == step.index and self._graded[1]:
             for names in self._lists:
                 self._skipped(run, step, names, calls.called)
@@ -163,14 +165,14 @@ def _apart(x: Tensor) -> Tensor:  # [R T C] -> []
 
 def _since(history: History, metric: str, name: str) -> int | None:
     """The step from which the metric is 1 in each look, of three at least."""
-    series = history.series(metric, name)
+    series = history.series(metric, name).finite
     other = np.flatnonzero(series.values != 1)
     start = int(other[-1]) + 1 if len(other) else 0
     return int(series.steps[start]) if len(series) - start >= LOOKS else None
 
 
 def _enough(history: History, metric: str) -> None:
-    if max(len(series) for _, series in history.each(metric)) < LOOKS:
+    if max(len(series.finite) for _, series in history.each(metric)) < LOOKS:
         raise NotChecked(f"fewer than {LOOKS} looks at a block: what is left out once may be chance")
 
 
@@ -215,25 +217,14 @@ def path_unheard(history: History) -> Iterator[Symptom]:
 @rule(
     "stream.collapsed",
     title="No block makes all tokens alike",
-    reads=("stream.apart_in", "stream.apart_out"),
+    reads=("stream.alike",),
     basis="experiment",
     phase="forward",
 )
 def stream_collapsed(history: History) -> Iterator[Symptom]:
     """What differs between positions on the way in differs on the way out of ``x + f(x)``; at rounding it is gone."""
-    judged = False
-    for name, series in history.each("stream.apart_out"):
-        given = history.series("stream.apart_in", name).values
-        kept = np.isfinite(series.values) & np.isfinite(given)
-        if kept.sum() < LOOKS:
-            continue
-        judged = True
-        wrong = (series.values[kept] <= ROUNDING) & (given[kept] > APART)
-        right = np.flatnonzero(~wrong)
-        start = int(right[-1]) + 1 if len(right) else 0
-        if len(wrong) - start >= LOOKS:
-            step = int(series.steps[kept][start])
+    _enough(history, "stream.alike")
+    for name in history.sites("stream.alike"):
+        if (step := _since(history, "stream.alike", name)) is not None:
             text = f"{name} gives out the same vector at every position, though it is given different ones"
             yield Symptom(at=name, since=step, seen=0.0, expected="above 0", text=text)
-    if not judged:
-        raise NotChecked(f"fewer than {LOOKS} looks at what a block is given and gives out")
