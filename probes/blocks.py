@@ -59,11 +59,11 @@ class Blocks(Probe):
         with torch.enable_grad(), calls:
             answer = run.call(step.batch.rows(ROWS))
         if calls.apart:
-            names = tuple(calls.apart)
+            sites = tuple(calls.apart)
             given, out = (torch.stack(values) for values in zip(*calls.apart.values(), strict=True))
-            step.record_all("stream.apart", names, out)
+            step.record_all("stream.apart", sites, out)
             alike = ((out <= ROUNDING) & (given > APART)).float()
-            step.record_all("stream.alike", names, torch.where((out + given).isfinite(), alike, torch.nan))
+            step.record_all("stream.alike", sites, torch.where((out + given).isfinite(), alike, torch.nan))
         if self._graded[0] == step.index and self._graded[1]:
             for names in self._lists:
                 self._skipped(run, step, names, calls.called)
