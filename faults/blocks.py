@@ -114,7 +114,7 @@ class NormUnused(Fault):
     "residual.collapsed",
     title="Every position is given the vector of the first",
     cause="residual.collapsed",
-    moves="stream.apart_out",
+    moves="stream.alike",
     repair=COLLAPSED.repair,
 )
 class Collapsed(Fault):

@@ -1,4 +1,4 @@
-"""Residual streams that are cut or scaled."""
+"""Residual streams that are cut, scaled, or noisy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Gt
 
-from lab import BadInput, Cause, Fault, fault
+from lab import BadInput, Cause, Fault, fault, torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +33,20 @@ SCALED = Cause(
     refute="With all matrices of the block at 0, it gives out what it is given, times 1.",
     look="Factors and dropout in the line in which the block adds a branch.",
     source="He et al., 2016b, Identity Mappings in Deep Residual Networks, section 2",
+)
+
+NOISY = Cause(
+    id="residual.noisy",
+    title="Noise is added to the stream, in evaluation too",
+    must=("noise.stream",),
+    # What two calls of the model would tell, they cannot: they differ by themselves.
+    may=("evaluation.random", "generation.*", "mixing.*", "adapter.unused"),
+    locate=("noise.stream", "evaluation.random"),
+    repair="Add noise in training only: if self.training: x = x + std * torch.randn_like(x). Or remove it: dropout is "
+    "regularisation enough.",
+    refute="With all its parameters at 0 the block named gives the same answer twice.",
+    look="randn_like, rand_like and functional dropout on the stream in the block named.",
+    source="PyTorch documentation: torch.nn.Module.eval; pytorch/pytorch#26338",
 )
 
 
@@ -97,3 +111,20 @@ class Scaled(_Stream):
 
     def lab_start(self, run: Run) -> None:
         self.scale(run, self.factor)
+
+
+@fault(
+    "residual.noisy",
+    title="Noise is added to the stream, in evaluation too",
+    cause="residual.noisy",
+    moves="determinism.difference",
+    repair=NOISY.repair,
+)
+class Noisy(Fault):
+    """Adds normal noise of standard deviation `std` to what a block gives out."""
+
+    at: str = "blocks.1"
+    std: Annotated[float, Gt(0)] = 0.3
+
+    def lab_start(self, run: Run) -> None:
+        self.replace(run, f"{self.at}.out", lambda x: x + self.std * torch.randn_like(x))

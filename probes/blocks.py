@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
 from lab import numpy as np
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lab import Batch, History, Run, Step
+    from lab import History, Run, Step
 
 NORM = re.compile(r"norm", re.IGNORECASE)
 NORMED = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
@@ -26,21 +26,22 @@ ROUNDING = 1e-6
 @probe(
     "blocks",
     title="Is every block on the path, and every norm in it, and do tokens stay apart?",
-    cost="a forward pass on two rows, on examined steps",
+    cost="forward and backward on two rows, on examined steps",
     examines=True,
 )
 class Blocks(Probe):
-    """Notes which weights have no gradient, then calls the model in evaluation mode and notes which modules it calls.
+    """Notes which weights have a gradient, then calls the model in evaluation mode, and notes what it calls and uses.
 
     A block is a member of a list of modules, and holds at least two norms beside its matrices. Records
     ``path.skipped`` (1: no weight of the block has a gradient, and nothing in it is called, while other blocks of the
-    list are), ``path.unheard`` (1: a norm in a block is called and has no gradient, while all else in the block has),
-    and ``stream.apart_in`` and ``stream.apart_out``: the largest distance between an element at the first position
-    and at any other, of what a block is given and of what it gives out, over the largest element.
+    list are), ``path.unheard`` (1: a norm in a block is called, the model's output does not depend on what it gives
+    out, and it has no gradient in training), and ``stream.apart``: the largest distance between an element at the
+    first position and at any other, of what a block gives out, over the largest element; with ``stream.alike`` (1: that
+    is 0 but for rounding, and of what the block is given it is not).
     """
 
     def lab_start(self, run: Run) -> None:
-        self._lists = list(_lists(run.model))
+        self._lists = list(lists_of_blocks(run.model))
         self._graded: tuple[int, set[str]] = (-1, set())
 
     def lab_before_update(self, run: Run, step: Step) -> None:
@@ -52,35 +53,22 @@ class Blocks(Probe):
             raise NotChecked("the batch is not known")
         if not self._lists:
             raise NotChecked("no list of blocks with norms in this model")
-        called, apart = self._call(run, step.batch)
-        if apart:
-            for which, metric in enumerate(("stream.apart_in", "stream.apart_out")):
-                step.record_all(metric, tuple(apart), torch.stack([pair[which] for pair in apart.values()]))
+        calls = _Calls(run.model, {name for names in self._lists for name in names})
+        run.model.eval()
+        with torch.enable_grad(), calls:
+            answer = run.call(step.batch.rows(ROWS))
+        if calls.apart:
+            sites = tuple(calls.apart)
+            given, out = (torch.stack(values) for values in zip(*calls.apart.values(), strict=True))
+            step.record_all("stream.apart", sites, out)
+            alike = ((out <= ROUNDING) & (given > APART)).float()
+            step.record_all("stream.alike", sites, torch.where((out + given).isfinite(), alike, torch.nan))
         if self._graded[0] == step.index and self._graded[1]:
             for names in self._lists:
-                self._paths(run, step, names, called)
+                self._skipped(run, step, names, calls.called)
+            self._unheard(step, answer, calls.norms)
 
-    def _call(self, run: Run, batch: Batch) -> tuple[set[str], dict[str, tuple[Tensor, Tensor]]]:
-        """Call the model; return which modules of blocks it calls, and how far apart tokens are around each block."""
-        called: set[str] = set()
-        apart: dict[str, tuple[Tensor, Tensor]] = {}
-        blocks = {name for names in self._lists for name in names}
-        handles = []
-        for name, module in run.model.named_modules():
-            if any(name == block or name.startswith(f"{block}.") for block in blocks):
-                handles.append(module.register_forward_hook(_note(called, name), with_kwargs=True))
-            if name in blocks:
-                handles.append(module.register_forward_hook(_compare(apart, name), with_kwargs=True))
-        run.model.eval()
-        try:
-            with torch.no_grad():
-                run.call(batch.rows(ROWS))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return called, apart
-
-    def _paths(self, run: Run, step: Step, names: list[str], called: set[str]) -> None:
+    def _skipped(self, run: Run, step: Step, names: list[str], called: set[str]) -> None:
         graded = self._graded[1]
         weights = {name: [key for key in run.parameters if key.startswith(f"{name}.")] for name in names}
         used = [name for name in names if graded.intersection(weights[name])]
@@ -94,16 +82,18 @@ class Blocks(Probe):
         for name in (*used, *idle):
             # Where most of a list rest, it may be meant: a choice of one of several.
             step.record("path.skipped", float(name in idle and len(used) >= len(idle)), name)
-        for name in used:
-            for path, module in run.model.get_submodule(name).named_modules(prefix=name):
-                mine = [key for key in weights[name] if key.startswith(f"{path}.")]
-                if mine and NORMED.search(type(module).__name__):
-                    others = set(weights[name]).difference(mine)
-                    unheard = path in called and not graded.intersection(mine) and others <= graded
-                    step.record("path.unheard", float(unheard and bool(others)), path)
+
+    def _unheard(self, step: Step, answer: Tensor, norms: dict[str, Tensor]) -> None:
+        if not norms or not answer.requires_grad:
+            return
+        ways = torch.cos(torch.arange(answer.numel(), device=answer.device)).view(answer.shape)
+        grads = torch.autograd.grad((answer * ways).sum(), list(norms.values()), allow_unused=True)
+        for name, grad in zip(norms, grads, strict=True):
+            trains = any(key.startswith(f"{name}.") for key in self._graded[1])
+            step.record("path.unheard", float(grad is None and not trains), name)
 
 
-def _lists(model: nn.Module) -> Iterator[list[str]]:
+def lists_of_blocks(model: nn.Module) -> Iterator[list[str]]:
     """Yield the names of the blocks of each list of two at least."""
     for path, parent in model.named_modules():
         if isinstance(parent, torch.nn.ModuleList):
@@ -118,11 +108,41 @@ def _is_block(module: nn.Module) -> bool:
     return len(norms) >= 2 and any(p.dim() >= 2 for p in module.parameters())
 
 
-def _note(called: set[str], name: str) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        called.add(name)
+class _Calls:
+    """While in the block, notes which modules of the blocks are called, and adds a 0 to what each norm gives out."""
 
-    return hook
+    def __init__(self, model: nn.Module, blocks: set[str]) -> None:
+        self.model, self.blocks = model, blocks
+        self.called: set[str] = set()
+        self.apart: dict[str, tuple[Tensor, Tensor]] = {}
+        self.norms: dict[str, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name, module in self.model.named_modules():
+            if any(name == block or name.startswith(f"{block}.") for block in self.blocks):
+                self._handles.append(module.register_forward_hook(self._note(name)))
+            if name in self.blocks:
+                self._handles.append(module.register_forward_hook(_compare(self.apart, name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, _args: object, output: object) -> Tensor | None:
+            self.called.add(name)
+            # Without a graph, as in a block that is checkpointed the older way, it cannot be told what is used.
+            if not NORMED.search(type(module).__name__) or not torch.is_grad_enabled() or name in self.norms:
+                return None
+            if not torch.is_tensor(output) or not output.is_floating_point():
+                return None
+            # Added, not put in its place: what came before has to reach the output through norms on the stream.
+            self.norms[name] = nothing = torch.zeros_like(output, requires_grad=True)
+            return output + nothing
+
+        return hook
 
 
 def _compare(apart: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[..., None]:
@@ -144,15 +164,15 @@ def _apart(x: Tensor) -> Tensor:  # [R T C] -> []
 
 def _since(history: History, metric: str, name: str) -> int | None:
     """The step from which the metric is 1 in each look, of three at least."""
-    series = history.series(metric, name)
+    series = history.series(metric, name).finite
     other = np.flatnonzero(series.values != 1)
     start = int(other[-1]) + 1 if len(other) else 0
     return int(series.steps[start]) if len(series) - start >= LOOKS else None
 
 
 def _enough(history: History, metric: str) -> None:
-    if max(len(series) for _, series in history.each(metric)) < LOOKS:
-        raise NotChecked(f"fewer than {LOOKS} looks at a block: a branch may be left out now and then")
+    if max(len(series.finite) for _, series in history.each(metric)) < LOOKS:
+        raise NotChecked(f"fewer than {LOOKS} looks at a block: what is left out once may be chance")
 
 
 @rule(
@@ -182,39 +202,28 @@ def path_skipped(history: History) -> Iterator[Symptom]:
     phase="forward",
 )
 def path_unheard(history: History) -> Iterator[Symptom]:
-    """A norm that is called and has no gradient, where each other weight of its block has one: its output goes nowhere.
+    """A norm that is called, and on whose output nothing depends: not the model's, nor, without a gradient, the loss.
 
-    Where a branch is left out at random, its matrices have no gradient either, and it is not asked.
+    In evaluation, where no branch is left out at random.
     """
     _enough(history, "path.unheard")
     for name in history.sites("path.unheard"):
         if (step := _since(history, "path.unheard", name)) is not None:
-            text = f"{name} is called, and what it gives out has no influence on the loss, from step {step}"
-            yield Symptom(at=name, since=step, seen=0.0, expected="a gradient", text=text)
+            text = f"{name} is called, and nothing depends on what it gives out, from step {step}"
+            yield Symptom(at=name, since=step, seen=1.0, expected="0", text=text)
 
 
 @rule(
     "stream.collapsed",
     title="No block makes all tokens alike",
-    reads=("stream.apart_in", "stream.apart_out"),
+    reads=("stream.alike",),
     basis="experiment",
     phase="forward",
 )
 def stream_collapsed(history: History) -> Iterator[Symptom]:
     """What differs between positions on the way in differs on the way out of ``x + f(x)``; at rounding it is gone."""
-    judged = False
-    for name, series in history.each("stream.apart_out"):
-        given = history.series("stream.apart_in", name).values
-        kept = np.isfinite(series.values) & np.isfinite(given)
-        if kept.sum() < LOOKS:
-            continue
-        judged = True
-        wrong = (series.values[kept] <= ROUNDING) & (given[kept] > APART)
-        right = np.flatnonzero(~wrong)
-        start = int(right[-1]) + 1 if len(right) else 0
-        if len(wrong) - start >= LOOKS:
-            step = int(series.steps[kept][start])
+    _enough(history, "stream.alike")
+    for name in history.sites("stream.alike"):
+        if (step := _since(history, "stream.alike", name)) is not None:
             text = f"{name} gives out the same vector at every position, though it is given different ones"
             yield Symptom(at=name, since=step, seen=0.0, expected="above 0", text=text)
-    if not judged:
-        raise NotChecked(f"fewer than {LOOKS} looks at what a block is given and gives out")

@@ -38,8 +38,8 @@ class FeedForward(Probe):
     attention layer; two matrices side by side, where it is gated. The model is in evaluation mode. Records, for each:
 
     ``ffn.bend``: how far the activation is from passing on what it is given (0: there is none).
-    ``ffn.flat``: the share of entries with a slope of exactly 0 that equal the largest or the smallest of all; twice
-    that of the rarer of the two, so that what is flat on one side only, as a ReLU is, has none.
+    ``ffn.flat``: the share of entries with a slope of exactly 0 that equal the largest or the smallest of all; 0 where
+    less than a tenth are the one or the other, as a ReLU is flat on one side only.
     ``ffn.silent``: the share of neurons that are exactly 0, with a slope of exactly 0, at every token.
     ``ffn.cut``: the share of neurons that are exactly 0 at every token, although at one at least the activation is
     given more than by another neuron that is not 0; ``ffn.cut_always``: those that were so in the last three looks.
@@ -70,8 +70,9 @@ class FeedForward(Probe):
         none, still = hidden == 0, (slopes == 0).all(0)  # [N F]
         bend = torch.stack([(slopes - 1).abs().amax(), (hidden - given).abs().amax() / given.abs().amax()]).amax()
         step.record("ffn.bend", bend, name)
-        ends = [(still & (hidden == end)).float().mean() for end in (hidden.amin(), hidden.amax())]
-        step.record("ffn.flat", (2 * torch.stack(ends).amin()).clamp_max(1), name)
+        ends = torch.stack([(still & (hidden == end)).float().mean() for end in (hidden.amin(), hidden.amax())])
+        both = (ends.amin() > 0.1) & (~none).any()  # where all are 0, both ends are, and it is silent
+        step.record("ffn.flat", ends.sum().clamp_max(1) * both, name)
         step.record("ffn.silent", (none & still).all(0).float().mean(), name)
         # An activation is one function for all neurons: what is 0 while less makes another neuron speak was set to 0.
         least = given.amin(0)

@@ -124,7 +124,7 @@ def _factor(norm: nn.Module, x: Tensor, out: Tensor) -> Tensor:
     factors = torch.stack(found)
     # Where several fit, as at the start, where all gains are alike: the one nearest to 1.
     distance = torch.nan_to_num(factors.abs().log().abs(), nan=torch.inf)
-    return factors[distance.argmin()]
+    return factors.gather(0, distance.argmin().reshape(1)).squeeze(0)  # an index would have to be known on the host
 
 
 def _first(history: History, metric: str, name: str) -> tuple[int, float] | None:

@@ -127,6 +127,7 @@ def _response(adapter: Adapter, args: Any, kwargs: Any, *, evaluating: bool = Fa
     if x is None or not x.is_floating_point():
         return float("nan")
     inputs = adapter.a.shape[1]
+    kept = adapter.a.clone(), adapter.b.clone()
     # Neither even nor odd, so that no mean of 0, which a norm leaves, cancels it.
     adapter.a.copy_(torch.linspace(0.5, 1.5, inputs, device=x.device).square().expand_as(adapter.a))
     answers = []
@@ -137,6 +138,8 @@ def _response(adapter: Adapter, args: Any, kwargs: Any, *, evaluating: bool = Fa
         answers.append(adapter.layer(*args, **kwargs))
         if evaluating:
             adapter.layer.train()
+    adapter.a.copy_(kept[0])  # other probes examine the same model after this one
+    adapter.b.copy_(kept[1])
     was, now = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
     change: Tensor = (now - was).float().abs().amax()
     # An input of 0 gives no update, whatever the factors.
