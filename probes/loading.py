@@ -88,8 +88,9 @@ def _random(p: nn.Parameter) -> bool:
 def _alike(p: Tensor, was: Tensor) -> Tensor:
     """Whether two tensors point in one direction rather than in any: the cosine of two draws is 1 / sqrt(n) or so."""
     a, b = p.detach().double().flatten(), was.double().flatten()
-    cosine: Tensor = (a @ b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)).clamp_min(1e-300)
-    return cosine.abs() > SPREADS / p.numel() ** 0.5
+    cosine = (a @ b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)).clamp_min(1e-300)
+    alike: Tensor = cosine.abs() > SPREADS / p.numel() ** 0.5
+    return alike
 
 
 def _renamed(name: str, other: str, shapes: dict[str, Any], given: dict[str, Any]) -> bool:

@@ -91,7 +91,8 @@ def anew(model: nn.Module, names: str = "") -> None:
 
 def rounded(model: nn.Module) -> None:
     for p in model.parameters():
-        p.copy_(p.abs().amax() * (p / p.abs().amax()).mul(7).round() / 7)
+        unit = p.abs().amax().clamp_min(1e-9) / 7
+        p.copy_((p / unit).round() * unit)
 
 
 def disturbed(model: nn.Module) -> None:
