@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Gt
 
 from lab import BadInput, Cause, Fault, fault, torch
 
@@ -27,6 +29,19 @@ NOT_LOADED = Cause(
     source="pytorch/examples#1029 (strict=False loads a corrupted model silently)",
 )
 
+AFTER_LOADING = Cause(
+    id="init.after_loading",
+    title="Weights are initialised after they were loaded",
+    must=("loading.replaced",),
+    may=("start.*", "loss.*"),
+    place="model",
+    repair="Initialise first (model.apply(init_weights)), load last, and let nothing that draws numbers come after. In "
+    "Transformers, keep _init_weights() to missing_keys: post_init() and from_pretrained() do.",
+    refute="Some matrix of the model is what the checkpoint holds, when the first step begins.",
+    look="What is called between load_state_dict and the first step: apply, reset_parameters, a wrapper that rebuilds.",
+    source="PyTorch documentation: nn.Module.apply; Zhang et al., 2021 (layers that are re-initialised on purpose)",
+)
+
 UNTIED = Cause(
     id="weights.untied",
     title="The head starts as a copy of the token table, and is not tied to it",
@@ -39,6 +54,8 @@ UNTIED = Cause(
     look="data_ptr() of both tables, and the number of parameters.",
     source="Press and Wolf, 2017; Hugging Face Transformers documentation: PreTrainedModel.tie_weights",
 )
+
+OTHER = 10**6  # added to a seed
 
 
 @fault(
@@ -65,6 +82,42 @@ class NotLoaded(Fault):
             if renamed.keys() == state_dict.keys():
                 raise BadInput(f"init.not_loaded: no weight at {self.at!r}")
             return plain(module, renamed, strict=False)
+
+        torch.nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
+        try:
+            return (yield)
+        finally:
+            torch.nn.Module.load_state_dict = plain  # type: ignore[method-assign]
+
+
+@fault(
+    "init.after_loading",
+    title="A trained model is initialised again after its weights were loaded",
+    cause="init.after_loading",
+    moves="loading.kept",
+    repair=AFTER_LOADING.repair,
+)
+class AfterLoading(Fault):
+    """Draws every matrix anew, with standard deviation `std`, as soon as weights are loaded into the model."""
+
+    at: str = "model"
+    std: Annotated[float, Gt(0)] = 0.02
+
+    def lab_build_model(self, run: Run) -> Generator[None, nn.Module, nn.Module]:
+        self.from_the_start()
+        if not run.config.train.start:
+            raise BadInput("init.after_loading: needs a model that is trained already (train.start)")
+        plain = torch.nn.Module.load_state_dict
+
+        def load(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            answer = plain(module, *args, **kwargs)
+            # Another seed than the model was first drawn with: else this would be close to what it was trained from.
+            draw = torch.Generator().manual_seed(run.seed + OTHER)
+            with torch.no_grad():
+                for p in module.parameters():
+                    if p.dim() >= 2:
+                        p.copy_(torch.randn(p.shape, generator=draw) * self.std)
+            return answer
 
         torch.nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
         try:

@@ -10,24 +10,31 @@ from lab import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from lab import History, Run, Step
 
 UNSEEN = "no weights were loaded while the run was built"
+FEWEST = 256  # elements; of fewer, the cosine tells little
+SPREADS = 6.0  # standard deviations of the cosine of two draws at random; a billion matrices stay below
 LOOKS = 3
 PAIRS = 4
 HALF = 0.5  # a row of padding may be 0 in both; of two random tables far less than a hundredth is equal, in 8 bits even
 NO_TABLES = "no two tables of the same shape are trained, one for the tokens and one for the logits"
 
 
-@probe("loading", title="Does every weight that a checkpoint holds reach the model?", cost="none after the start")
+@probe(
+    "loading",
+    title="Does every weight that a checkpoint holds reach the model, and stay?",
+    cost="a copy of the weights until the first update",
+)
 class Loading(Probe):
     """Reads what `load_state_dict` answers while the model is built; a loop that the lab did not write loads before.
 
     Records at step 0 ``loading.keys``, how many weights were asked for by the model that was loaded last, and
     ``loading.lost``, how many of them it did not get although the checkpoint holds one of that shape and of that name
-    behind another prefix; at each of those ``loading.missed``, 1.
+    behind another prefix; at each of those ``loading.missed``, 1. Of the matrices that were loaded last and are still
+    in the model: ``loading.matrices``, how many, and ``loading.kept``, how many of them still resemble what was loaded.
     """
 
     def lab_start(self) -> None:
@@ -35,6 +42,7 @@ class Loading(Probe):
 
     def lab_build_model(self) -> Generator[None, nn.Module, nn.Module]:
         self._asked, self._missed = 0, tuple[str, ...]()
+        self._loaded: list[tuple[nn.Parameter, Tensor]] = []
         plain = torch.nn.Module.load_state_dict
 
         def load(module: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,6 +52,8 @@ class Loading(Probe):
             unread = [name for name in answer.unexpected_keys if name in given]
             self._asked = len(shapes)
             self._missed = tuple(n for n in answer.missing_keys if any(_renamed(n, o, shapes, given) for o in unread))
+            named = dict(module.named_parameters())
+            self._loaded = [(p, p.detach().clone()) for n, p in named.items() if n in given and _random(p)]
             return answer
 
         torch.nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
@@ -52,7 +62,7 @@ class Loading(Probe):
         finally:
             torch.nn.Module.load_state_dict = plain  # type: ignore[method-assign]
 
-    def lab_before_update(self, step: Step) -> None:
+    def lab_before_update(self, run: Run, step: Step) -> None:
         asked = getattr(self, "_asked", 0)
         if self._recorded or not asked:
             return
@@ -61,6 +71,25 @@ class Loading(Probe):
         step.record("loading.lost", float(len(self._missed)))
         for name in self._missed:
             step.record("loading.missed", 1.0, name)
+        loaded, self._loaded = self._loaded, []
+        here = {id(p) for p in run.model.parameters()}
+        held = [(p, was) for p, was in loaded if id(p) in here and p.shape == was.shape and p.device == was.device]
+        kept = [_alike(p, was) for p, was in held]
+        if kept:
+            step.record("loading.matrices", float(len(kept)))
+            step.record("loading.kept", torch.stack(kept).float().sum())
+
+
+def _random(p: nn.Parameter) -> bool:
+    return p.dim() >= 2 and p.numel() >= FEWEST and p.is_floating_point()
+
+
+def _alike(p: Tensor, was: Tensor) -> Tensor:
+    """Whether two tensors point in one direction rather than in any: the cosine of two draws is 1 / sqrt(n) or so."""
+    a, b = p.detach().double().flatten(), was.double().flatten()
+    cosine = (a @ b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)).clamp_min(1e-300)
+    alike: Tensor = cosine.abs() > SPREADS / p.numel() ** 0.5
+    return alike
 
 
 def _renamed(name: str, other: str, shapes: dict[str, Any], given: dict[str, Any]) -> bool:
@@ -93,6 +122,29 @@ def loading_missed(history: History) -> Iterator[Symptom]:
             expected="0",
             text=f"{name} was not loaded: the checkpoint holds it behind another prefix, as {lost:.0f} of {keys:.0f}",
         )
+
+
+@rule(
+    "loading.replaced",
+    title="What was loaded is what is trained",
+    reads=(),
+    basis="experiment",
+    phase="forward",
+)
+def loading_replaced(history: History) -> Iterator[Symptom]:
+    """No matrix resembles what was loaded into it: each has a cosine with it as two draws at random have.
+
+    The last layers, or the tables of tokens, are drawn anew on purpose by some who fine-tune; all matrices by nobody,
+    who could have loaded nothing. What is scaled, rounded, merged or disturbed a little still resembles it.
+    """
+    if not history.sites("loading.kept"):
+        raise NotChecked(UNSEEN)
+    matrices, kept = history.last("loading.matrices"), history.last("loading.kept")
+    if matrices < 2:
+        raise NotChecked("one matrix was loaded, or none")
+    if kept == 0:
+        text = f"none of {matrices:.0f} matrices resembles what was loaded into it when the first step begins"
+        yield Symptom(at="", since=0, seen=kept, expected=f"{matrices:.0f}", text=text)
 
 
 @probe("ties", title="Do two tables that start as one stay one?", every=10, cost="one comparison of two tables")

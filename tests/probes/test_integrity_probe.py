@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import lab
+from lab.store import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +80,37 @@ def test_rows_that_are_lost_are_named(small_run: SmallRun) -> None:
     assert [(c.id, c.at, c.since_step) for c in diagnosis.causes] == [("weights.reset_rows", "head.weight", 35)]
     rows = history.series("integrity.rows", "head.weight").values[0]
     assert history.series("integrity.rows_changed", "head.weight").values.max() == (rows + 1) // 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "learned", "losses", "found"),
+    [
+        (4, 3, (2.0, 2.0, 2.0, 2.0, 2.0, 2.5), 1),
+        (4, 3, (2.0, 2.0, 2.0, 2.0, 2.0, float("nan")), 1),
+        (8, 5, (2.0, 2.0, 2.0, 2.0, 2.0, 2.5), 0),  # another checkpoint is loaded
+        (4, 1, (2.0, 2.0, 2.0, 2.0, 2.0, 2.5), 0),  # classes that are new
+        (4, 3, (2.0, 2.6, 2.0, 2.0, 2.0, 2.5), None),  # it may have been meant
+    ],
+)
+def test_rows_have_to_be_learned_and_missed(
+    catalogue: Any, changed: int, learned: int, losses: tuple[float, ...], found: int | None
+) -> None:
+    history = lab.History()
+    columns = (
+        ("integrity.rows_changed", "head"),
+        ("integrity.rows_learned", "head"),
+        ("integrity.rows", "head"),
+        ("loss", ""),
+    )
+    for step, loss in enumerate(losses):
+        last = step == len(losses) - 1
+        history.add(step, Row(columns, np.array([changed * last, learned * last, 8.0, loss])))
+    rule = catalogue.rules["integrity.rows_reset"]
+    if found is None:
+        with pytest.raises(lab.NotChecked, match="does not show harm"):
+            list(rule.judge(history))
+    else:
+        assert len(list(rule.judge(history))) == found
 
 
 def clip(model: nn.Sequential, _step: int) -> None:

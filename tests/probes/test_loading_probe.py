@@ -69,6 +69,55 @@ def test_a_prefix_is_named(small_run: SmallRun) -> None:
     assert nn.Module.load_state_dict is plain
 
 
+@lab.plugin("changes", title="Changes a model that was loaded")
+class Changes(lab.Plugin):
+    def __init__(self, change: Callable[[nn.Module], None]) -> None:
+        self.change = change
+
+    def lab_build_model(self, run: Run) -> Generator[None, nn.Module, nn.Module]:
+        model = yield
+        other = Decoder(run.data.vocabulary, context=24, layers=2, width=32, heads=2)
+        model.load_state_dict(other.state_dict())
+        with torch.no_grad():
+            self.change(model)
+        return model
+
+
+def anew(model: nn.Module, names: str = "") -> None:
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and name.startswith(names):
+            p.normal_(std=0.02)
+
+
+def rounded(model: nn.Module) -> None:
+    for p in model.parameters():
+        unit = p.abs().amax().clamp_min(1e-9) / 7
+        p.copy_((p / unit).round() * unit)
+
+
+def disturbed(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.mul_(0.3).add_(torch.randn_like(p) * 0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda _: None, 0),
+        (rounded, 0),
+        (disturbed, 0),
+        (lambda model: anew(model, "tokens"), 0),
+        (lambda model: anew(model, "blocks"), 0),
+        (anew, 1),
+    ],
+)
+def test_only_a_model_without_anything_it_was_given_is_named(small_run: SmallRun, change: Any, found: int) -> None:
+    diagnosis, _ = small_run(Changes(change), steps=2)
+    assert "loading.replaced" in diagnosis.checked
+    assert [c.id for c in diagnosis.causes] == ["init.after_loading"] * found
+    assert diagnosis.unexplained == ()
+
+
 def test_what_was_not_seen_is_not_checked(small_run: SmallRun) -> None:
     diagnosis, _ = small_run(steps=2)
     assert "no weights were loaded" in diagnosis.not_checked["loading.missed"]
