@@ -214,7 +214,7 @@ class StateLost(Fault):
     """Clears the state before the update of `from_step`, as on resuming with the model's weights alone."""
 
     at: str = "optimizer"
-    from_step: Annotated[int, Ge(1)] = 20
+    from_step: Annotated[int, Ge(1)] = 1
 
     def lab_update(self, run: Run, step: Step) -> None:
         if step.index == self.from_step:

@@ -70,8 +70,9 @@ def _norm(params: Iterable[Tensor]) -> Tensor | None:
     grads = [p.grad for p in params if p.grad is not None]
     if not grads or any(type(grad) is not torch.Tensor or grad.is_sparse for grad in grads):
         return None
-    norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads)]
-    joint: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    if any(grad.device != grads[0].device for grad in grads):
+        return None
+    joint: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     return joint
 
 

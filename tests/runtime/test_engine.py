@@ -29,16 +29,26 @@ if TYPE_CHECKING:
 # A small decoder in one process has no place for these; tests/faults/test_builtin.py tries each in its own scenario.
 ELSEWHERE = (
     "alignment.",
+    "clip.ineffective",  # no gradient is as large as the limit
     "distributed.",
     "loss.mean_of_means",
     "mask.causal_in_encoder",
     "mask.padding_seen",
+    "schedule.per_part",
     "targets.padding_counted",
     "tuning.",
 )
 FAULTS = [fault for fault in sorted(discover().faults) if not fault.startswith(ELSEWHERE)]
 # These act when the run is built, before there is a step.
-AT_BUILD = ("init.", "norm.eps_huge", "optimizer.missing_parameter", "performance.no_cache")
+AT_BUILD = (
+    "init.",
+    "norm.eps_huge",
+    "optimizer.bad_betas",
+    "optimizer.missing_parameter",
+    "optimizer.stale_parameters",
+    "performance.no_cache",
+    "schedule.",
+)
 LATE = [fault for fault in FAULTS if not fault.startswith(AT_BUILD)]
 # These change what is generated, or how long it takes, and not what is learned.
 BESIDE_TRAINING = ("cache.", "data.train_in_held_out", "performance.")
