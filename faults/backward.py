@@ -41,7 +41,7 @@ GRADIENT_UNDERFLOW = Cause(
     "loop.detached",
     title="The output of a module is detached",
     cause="loop.detached",
-    moves="backward.cut",
+    moves="arrival.share",
     repair=DETACHED.repair,
 )
 class Detached(Fault):

@@ -24,7 +24,7 @@ LOUDER = 4096.0  # a power of two: it changes no digit of a gradient
 @probe(
     "backward",
     title="Do gradients reach what the output depends on, and do small ones survive?",
-    cost="one forward and two backward passes on four rows, on examined steps",
+    cost="one forward and two backward passes on four rows, or on all where they cannot be cut, on examined steps",
     examines=True,
 )
 class Backward(Probe):
@@ -40,17 +40,20 @@ class Backward(Probe):
         self._run = run
         self._sent: Tensor | None = None
         self._missing: list[str] = []
+        self._all = False
         if run.sites.output:
             self.read(run, run.sites.output, self._see, grad=True)
 
     def _see(self, _site: Site, gradient: Tensor) -> None:
         step = self._run.step
         if step.examined and step.part == step.parts - 1 and gradient.dim():
-            self._sent = gradient[:ROWS].detach().clone()
+            self._sent = gradient.detach()  # until the examination, a moment later
 
     def lab_before_update(self, run: Run) -> None:
         held = run.held
-        self._missing = [name for name, p in run.parameters.items() if p.grad is None and id(p) in held]
+        asked = {name: p for name, p in run.parameters.items() if p.requires_grad and id(p) in held}
+        self._missing = [name for name, p in asked.items() if p.grad is None]
+        self._all = len(self._missing) == len(asked)
 
     def lab_examine(self, run: Run, step: Step) -> None:
         sent, self._sent = self._sent, None
@@ -58,7 +61,7 @@ class Backward(Probe):
             return
         rows = step.batch.rows(ROWS)
         step.record("backward.looks", 1.0)
-        if len(self._missing) < len(run.parameters):
+        if not self._all:
             _ask(run, step, rows, self._missing)
         _louder(run, step, rows, sent)
 
@@ -66,10 +69,12 @@ class Backward(Probe):
 def _louder(run: Run, step: Step, rows: Batch, sent: Tensor) -> None:
     """Go backward twice through one graph, and see which elements are 0 only where the gradient is small."""
     out = run.call(rows)
-    if out.shape != sent.shape or not out.requires_grad:
+    named = {name: p for name, p in run.parameters.items() if p.requires_grad and p.numel()}
+    if out.dim() != sent.dim() or out.shape[1:] != sent.shape[1:] or len(out) > len(sent):
         return
-    named = {name: p for name, p in run.parameters.items() if p.numel()}
-    sent = sent.to(out.dtype)
+    if not named or not out.requires_grad:
+        return
+    sent = sent[: len(out)].to(out.dtype)
     plain = torch.autograd.grad(out, list(named.values()), sent, retain_graph=True, allow_unused=True)
     loud = torch.autograd.grad(out, list(named.values()), sent * LOUDER, allow_unused=True)
     names, lost = [], []
