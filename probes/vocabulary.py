@@ -69,13 +69,13 @@ class Vocabulary(Probe):
         nearest = gap.argmin()
         whole = total.sum() / count.sum().clamp_min(1)
         suspect = nearest.new_full((), -1) if self._suspect is None else self._suspect
-        step.record("vocabulary.present", torch.where(suspect < 0, 1.0, count[suspect.clamp_min(0)]))
+        step.record("vocabulary.present", torch.where(suspect < 0, 1.0, count.take(suspect.clamp_min(0))))
         size = loss.abs().clamp_min(1)
-        found = (gap[nearest] <= ROUNDING * size) & ((loss - whole).abs() > APART * size)
+        found = (gap.amin() <= ROUNDING * size) & ((loss - whole).abs() > APART * size)
         self._suspect = torch.where(found, nearest, suspect)
         step.record("vocabulary.loss", loss)
         step.record("vocabulary.whole", whole)
-        step.record("vocabulary.without", without[nearest])
+        step.record("vocabulary.without", without.take(nearest))
         step.record("vocabulary.left_out", nearest.double())
         step.record("vocabulary.unevenness", (loss - whole).abs())
 
