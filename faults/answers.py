@@ -51,8 +51,9 @@ ANSWERS_CUT = Cause(
         "value.nonfinite",
         "loss.nonfinite",
         "gradient.nonfinite",
-        "weight.nonfinite",
-    ),  # a batch of which nothing is left has a mean over nothing, which is NaN
+        "weight.nonfinite",  # a batch of which nothing is left has a mean over nothing, which is NaN
+        "start.loss_high",  # and one of few targets, of which a trained model may be sure and wrong, another than all
+    ),
     place="targets",
     repair="Raise max_length, or drop rows that are longer: a row that is cut after its prompt costs its time and "
     "teaches nothing. If rows must be cut, cut prompts from the left (truncation_side='left').",

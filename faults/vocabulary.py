@@ -51,16 +51,18 @@ MISMATCH = Cause(
     repair=CLASS_IGNORED.repair,
 )
 class ClassIgnored(Fault):
-    """Leaves the targets that are `token` out of the loss, in training and evaluation."""
+    """Leaves the targets that are `token` out of the loss; -1 is the commonest of the first batch."""
 
     at: str = "loss"
-    token: Annotated[int, Ge(0)] = 0
+    token: Annotated[int, Ge(-1)] = -1
 
     def lab_start(self, run: Run) -> None:
         if run.config is None or run.config.train.objective == "dpo":
             raise BadInput(f"{self.info.id}: needs the lab's own training with a cross-entropy")
-        share = float((run.data.batch(0, "train").targets == self.token).float().mean())
-        if not 0 < share < 1:
+        targets = run.data.batch(0, "train").targets
+        targets = targets[targets != IGNORED]
+        self.left_out = int(targets.mode().values) if self.token < 0 else self.token
+        if not 0 < int((targets == self.left_out).sum()) < len(targets):
             raise BadInput(f"{self.info.id}: token = {self.token} is no target of the first batch, or each of them")
 
     def lab_loss(self, run: Run, step: Step) -> Generator[None, Tensor, Tensor]:
@@ -70,7 +72,7 @@ class ClassIgnored(Fault):
         assert step.logits is not None
         assert step.batch is not None
         assert step.batch.targets is not None
-        targets = step.batch.targets.masked_fill(step.batch.targets == self.token, IGNORED)
+        targets = step.batch.targets.masked_fill(step.batch.targets == self.left_out, IGNORED)
         return torch.nn.functional.cross_entropy(step.logits.flatten(0, -2), targets.flatten())
 
 

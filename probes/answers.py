@@ -34,8 +34,9 @@ class Answers(Probe):
     Records, in the lab's own training, ``answers.train``, the share of the rows of a batch that count from their
     ``first`` place on, the share that goes on ``after`` the last target that counts (with tokens that are not what
     fills up the row), and the share of which ``none`` counts; and when the run evaluates ``answers.held_out``, the
-    largest of these shares over ``answers.held_out_batches``. Where a token is known to end a text: ``answers.ends``,
-    how many follow a target that counts, and ``answers.ends_counted``, how many count themselves.
+    largest of these shares over ``answers.held_out_batches``. Where next tokens are learned and
+    one is known to end a text: ``answers.ends``, how many follow a target that counts, and ``answers.ends_counted``,
+    how many count themselves.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -79,7 +80,9 @@ class Answers(Probe):
         ends = (inputs[:, 2:] == self._end) & counts[:, :-2]  # [B T-2], after a target that counts
         if self._fills:
             ends = ends & torch.nn.functional.pad(inputs[:, 3:] != self._end, (0, 1))
-        step.record("answers.ends", ends.sum().double())
+        # Where hidden tokens are to be found, an end is never hidden: only of next tokens is it one.
+        follows = (~counts[:, :-1] | (targets[:, :-1] == inputs[:, 1:])).all()
+        step.record("answers.ends", (ends.sum() * follows).double())
         step.record("answers.ends_counted", (targets == self._end).sum().double())
 
 

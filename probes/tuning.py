@@ -131,6 +131,8 @@ def _response(adapter: Adapter, args: Any, kwargs: Any, *, evaluating: bool = Fa
     # Neither even nor odd, so that no mean of 0, which a norm leaves, cancels it.
     adapter.a.copy_(torch.linspace(0.5, 1.5, inputs, device=x.device).square().expand_as(adapter.a))
     answers = []
+    if evaluating:  # whatever else was tried before may have told it to evaluate, and not to train again
+        adapter.layer.train()
     for value in (0.0, 1.0 / adapter.a.shape[0]):
         adapter.b.fill_(value)
         if evaluating:

@@ -34,8 +34,12 @@ class Vocabulary(Probe):
     Records ``vocabulary.classes`` and ``vocabulary.tokens``, how many classes there are and how many the data have;
     ``vocabulary.loss``, ``vocabulary.whole``, the mean over all targets that count, and of the means without the
     targets of one class the nearest to the loss, ``vocabulary.without``, and that class, ``vocabulary.left_out``;
-    and ``vocabulary.unevenness``, how far the loss is from the mean over all.
+    ``vocabulary.unevenness``, how far the loss is from the mean over all; and ``vocabulary.present``, how many targets
+    are of the class that was left out when one last was, or 1 before that.
     """
+
+    def lab_start(self) -> None:
+        self._suspect: Tensor | None = None  # the class that was left out; -1 before
 
     def lab_loss(self, run: Run, step: Step) -> Generator[None, Tensor, Tensor]:
         loss = yield
@@ -62,11 +66,17 @@ class Vocabulary(Probe):
         without = (total.sum() - total) / left.clamp_min(1)  # [V]
         gap = torch.where((count > 0) & (left > 0), (without - loss).abs(), torch.inf)
         nearest = gap.argmin()
+        whole = total.sum() / count.sum().clamp_min(1)
+        suspect = nearest.new_full((), -1) if self._suspect is None else self._suspect
+        step.record("vocabulary.present", torch.where(suspect < 0, 1.0, count.take(suspect.clamp_min(0))))
+        size = loss.abs().clamp_min(1)
+        found = (gap.amin() <= ROUNDING * size) & ((loss - whole).abs() > APART * size)
+        self._suspect = torch.where(found, nearest, suspect)
         step.record("vocabulary.loss", loss)
-        step.record("vocabulary.whole", total.sum() / count.sum().clamp_min(1))
-        step.record("vocabulary.without", without[nearest])
+        step.record("vocabulary.whole", whole)
+        step.record("vocabulary.without", without.take(nearest))
         step.record("vocabulary.left_out", nearest.double())
-        step.record("vocabulary.unevenness", (loss - total.sum() / count.sum().clamp_min(1)).abs())
+        step.record("vocabulary.unevenness", (loss - whole).abs())
 
 
 # ---------------------------------------------------------------- rules
@@ -90,14 +100,19 @@ def vocabulary_class_left_out(history: History) -> Iterator[Symptom]:
         raise NotChecked(OTHERS)
     loss = series.values
     whole, without, left = (history.series(f"vocabulary.{n}").values for n in ("whole", "without", "left_out"))
-    size = np.maximum(1, np.abs(loss))
-    wrong = (np.abs(loss - without) <= ROUNDING * size) & (np.abs(loss - whole) > APART * size) & (left == left[-1])
-    if not np.any(wrong | (np.abs(loss - whole) <= APART * size)):
+    off = np.abs(loss - whole) / np.maximum(1, np.abs(loss))
+    fits = np.abs(loss - without) <= ROUNDING * np.maximum(1, np.abs(loss))
+    if not np.any(fits | (off <= APART)):
         raise NotChecked("the loss is no form of the cross-entropy that is known here")
-    right = np.flatnonzero(~wrong)
+    # Where the class does not occur, or the two means are close to each other, nothing can be said.
+    told = np.flatnonzero(((off <= ROUNDING) & (history.series("vocabulary.present").values > 0)) | (off > APART))
+    if not len(told):
+        return
+    steps, loss, whole, left = series.steps[told], loss[told], whole[told], left[told]
+    right = np.flatnonzero(~fits[told] | (off[told] <= APART) | (left != left[-1]))
     begin = int(right[-1]) + 1 if len(right) else 0
-    if len(wrong) - begin >= STEPS:
-        step, token = int(series.steps[begin]), int(left[-1])
+    if len(told) - begin >= STEPS:
+        step, token = int(steps[begin]), int(left[-1])
         text = f"the loss at step {step} is {loss[begin]:.5f}, the mean over all targets but those of class {token}; "
         text += f"over all it is {whole[begin]:.5f}"
         yield Symptom(at="", since=step, seen=float(loss[begin]), expected=f"{whole[begin]:.5g}", text=text)

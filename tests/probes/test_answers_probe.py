@@ -125,6 +125,24 @@ def test_ends_in_a_loop_of_one_s_own(
     assert named(watch.diagnosis) == names
 
 
+def test_an_end_that_is_never_hidden_is_no_next_token(tmp_path: Path) -> None:
+    """Texts one after another, some of whose tokens are hidden and to be found, never an end (Liu et al., 2019)."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(31):
+            x = texts(ends=(4, 9), filled=0)
+            hidden = (torch.rand(x.shape) < 0.5) & (x != END)
+            optimizer.zero_grad()
+            logits = model(x.masked_fill(hidden, 0))
+            loss = F.cross_entropy(logits.flatten(0, 1), x.masked_fill(~hidden, -100).flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert named(watch.diagnosis) == []
+    assert "no end of a text" in watch.diagnosis.not_checked["answers.end"]
+
+
 # ---------------------------------------------------------------- histories made by hand
 
 
