@@ -66,8 +66,9 @@ def r_drop(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def consistency(model: nn.Module, x: Tensor) -> Tensor:
-    target = model(x).detach().softmax(-1)
-    return once(model, x) + (model(x).softmax(-1) - target).square().mean()
+    target: Tensor = model(x).detach().softmax(-1)
+    told: Tensor = model(x).softmax(-1)
+    return once(model, x) + (told - target).square().mean()
 
 
 def sharpness(model: nn.Module, x: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ def sharpness(model: nn.Module, x: Tensor) -> Tensor:
     once(model, x).backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.01 * p.grad)
+            assert p.grad is not None
+            p.add_(p.grad, alpha=0.01)
             p.grad = None
     return once(model, x)
 
