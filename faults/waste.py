@@ -147,7 +147,7 @@ class PaddingWaste(Fault):
     "performance.loader_bound",
     title="Each batch takes longer than training on it",
     cause="performance.loader_bound",
-    moves="loader.share",
+    moves="loader.middle",
     repair=LOADER_BOUND.repair,
 )
 class LoaderBound(Fault):

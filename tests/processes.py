@@ -41,5 +41,5 @@ def in_processes(
         made = make_faults(scenario, catalogue, "processes")
         return train(scenario, catalogue, folders[rank], made, team=team)[0]
 
-    diagnoses = together(scenario.train.ranks, work)
+    diagnoses = together(scenario.train.ranks, work, timeout=600.0)
     return diagnoses[0], [read_history(one / METRICS) for one in folders]

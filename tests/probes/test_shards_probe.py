@@ -80,7 +80,7 @@ def dealt(looks: Iterator[torch.Tensor], catalogue: Catalogue) -> dict[str, int]
         probe._compare(step, message, 0)
         step.record("ranks.alike", 1.0)
         history.add(index, step.flush()[0])
-    found = {}
+    found: dict[str, int] = {}
     for name in ("shards.same", "shards.overlap"):
         try:
             found |= {symptom.id or name: symptom.since for symptom in catalogue.rules[name].judge(history)}
