@@ -31,6 +31,7 @@ NOT_THERE = (
     "the formula of ShardedAdamW is not known here",
     "no adapter in this model",
     "no reference in this run",
+    "no table of classes",
     "no weights were loaded while the run was built",
     "no two tables of the same shape are trained",
     "no form of the cross-entropy",
