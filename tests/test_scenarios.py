@@ -33,6 +33,7 @@ NOT_THERE = (
     "no convolution over positions in this model",
     "no recurrence in this model",
     "no reference in this run",
+    "no table of classes",
     "no weights were loaded while the run was built",
     "no two tables of the same shape are trained",
     "no form of the cross-entropy",
