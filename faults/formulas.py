@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Gt, Lt
 
@@ -62,7 +62,7 @@ def cross_entropy_of(run: Run, fault: Fault) -> None:
     repair=LOG_OF_ZERO.repair,
 )
 class LogOfZero(Fault):
-    """Takes -log of the softmax, in which what is below `smallest` has become 0: in float16 that is 2^-25."""
+    """Takes -log of the target's softmax, in which what is below `smallest` has become 0: in float16 that is 2^-25."""
 
     smallest: Annotated[float, Gt(0), Lt(1)] = 2.0**-25
 
@@ -76,9 +76,11 @@ class LogOfZero(Fault):
         assert step.logits is not None
         assert step.batch is not None
         assert step.batch.targets is not None
+        targets = step.batch.targets.flatten()  # [N]
         likely = step.logits.flatten(0, -2).softmax(-1)  # [N V]
-        rounded: Any = likely * (likely >= self.smallest)  # as it is where softmax underflows, 0 passes on no gradient
-        return torch.nn.functional.nll_loss(rounded.log(), step.batch.targets.flatten())
+        rounded = likely * (likely >= self.smallest)  # as it is where softmax underflows, 0 passes on no gradient
+        picked = rounded.gather(-1, targets.clamp_min(0)[:, None]).squeeze(-1)  # [N]
+        return -picked[targets != IGNORED].log().mean()
 
 
 @fault(
