@@ -33,8 +33,6 @@ HEALTHY: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"accumulate": 4, "clip": 0.01, "lr": 0.03}, {}),
     ({"ranks": 3, "shard_optimizer": True}, {"data": {"source": "python-docs", "batch": 9}}),
     ({"parallel": "tensor"}, {}),
-    ({"objective": "masked", "accumulate": 2}, {}),
-    ({"objective": "seq2seq"}, {}),
     ({}, {"data": {"source": "markov", "batch": 2}}),  # one row each
     # One token, or very few: rows are equal by nature.
     (
