@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def ending() -> object:
         (ending(), [-100, -100, -100, 3, -100, -100, -100, -100]),
     ],
 )
-def test_it_does_what_it_says(fault: faults.PromptCounted, made: list[int]) -> None:
+def test_it_does_what_it_says(fault: Any, made: list[int]) -> None:
     given = TARGETS.clone()
     inputs, targets = fault.changed(INPUTS, TARGETS)
     assert targets.tolist() == [made]
