@@ -210,7 +210,9 @@ def probe(cls: type[Probe], known: Catalogue) -> str:
         info.doc,
         facts(
             {
-                "kind": "examines, in a sandbox" if info.examines else "watches",
+                "kind": ("examines, in a sandbox" if info.examines else "watches")
+                + (", seldom" if info.seldom else ""),
+                "on your own training": "only if asked for" if info.on_request else "",
                 "measures at": every,
                 "cost": info.cost,
                 "checks beside it": ", ".join(f"[{id}](checks.md#{anchor(id)})" for id in checks),

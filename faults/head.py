@@ -38,6 +38,7 @@ class Scaled(Fault):
     factor: Annotated[float, Gt(0)] = 30.0
 
     def lab_start(self, run: Run) -> None:
+        self.from_the_start()
         if run.config is not None and run.config.train.start:
             raise BadInput("head.scaled: needs a new model, whose loss starts where theory says")
         self.replace(run, f"{self.at}.out", lambda logits: logits * self.factor)

@@ -40,7 +40,7 @@ NOISY = Cause(
     title="Noise is added to the stream, in evaluation too",
     must=("noise.stream",),
     # What two calls of the model would tell, they cannot: they differ by themselves.
-    may=("evaluation.random", "generation.*", "mixing.*", "adapter.unused"),
+    may=("evaluation.random", "evaluation.random_site", "generation.*", "mixing.*", "adapter.unused"),
     locate=("noise.stream", "evaluation.random"),
     repair="Add noise in training only: if self.training: x = x + std * torch.randn_like(x). Or remove it: dropout is "
     "regularisation enough.",

@@ -82,6 +82,16 @@ PADDING_COUNTED = Cause(
 )
 
 
+def mixing(run: Run, fault: Fault) -> None:
+    """Refuse a model of each token by itself: nothing in it says which token is to come next.
+
+    Raises:
+        BadInput: It is such a model.
+    """
+    if run.config.model.layers == 0:
+        raise BadInput(f"{fault.info.id}: needs model.layers above 0; without, no token is before another")
+
+
 def own(run: Run, fault: Fault, *objectives: str) -> None:
     """Refuse training that the lab did not write, or that has none of these objectives; without any, all will do.
 
@@ -119,6 +129,7 @@ class ShiftedTwice(ChangedTargets):
 
     def lab_start(self, run: Run) -> None:
         own(run, self, *NEXT_TOKEN)
+        mixing(run, self)
 
     def changed(self, _batch: Batch, targets: Tensor) -> Tensor:
         return torch.nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
@@ -136,6 +147,7 @@ class NotShifted(ChangedTargets):
 
     def lab_start(self, run: Run) -> None:
         own(run, self, *NEXT_TOKEN)
+        mixing(run, self)
 
     def changed(self, batch: Batch, targets: Tensor) -> Tensor:
         assert batch.inputs is not None

@@ -157,6 +157,7 @@ class EmptyRow(Fault):
     count: Annotated[int, Interval(ge=1, le=65536)] = 1
 
     def lab_start(self, run: Run) -> None:
+        self.from_the_start()
         self.empty: Tensor | None = None
         self.replace(run, f"{self.at}.mask", self.hide)
         self.replace(run, f"{self.at}.pattern", self.softmax)

@@ -49,7 +49,8 @@ class FaultInfo:
 class ProbeInfo:
     """What a probe says of itself. `every` is its cadence in steps; an examination runs in a sandbox.
 
-    `seldom`: its experiment is left out of some examined steps (see `lab.session.Session`).
+    `seldom`: its experiment is left out of some examined steps (see `lab.session.Session`). `on_request`: it watches
+    at a cost that one may not want to pay on training of one's own.
     """
 
     id: str
@@ -58,6 +59,7 @@ class ProbeInfo:
     cost: str
     examines: bool
     seldom: bool = False
+    on_request: bool = False
     doc: str = ""
 
 
@@ -187,7 +189,14 @@ def fault(id: str, *, title: str, cause: str, moves: str, repair: str) -> Callab
 
 
 def probe(
-    id: str, *, title: str, every: int = 1, cost: str = "", examines: bool = False, seldom: bool = False
+    id: str,
+    *,
+    title: str,
+    every: int = 1,
+    cost: str = "",
+    examines: bool = False,
+    seldom: bool = False,
+    on_request: bool = False,
 ) -> Callable[[type[T]], type[T]]:
     """Mark a class as a probe: watching, or (`examines`) running experiments in `lab_examine`.
 
@@ -199,10 +208,12 @@ def probe(
         examines: Whether it experiments on the model, in the sandbox of `lab_examine`.
         seldom: Whether its experiment costs as much as a good part of a training step, so that it is not made at each
             examined step: at the first three and the last, where something is suspected, and now and then between.
+        on_request: Whether what it costs in each step is too much for training of one's own, unless asked for. A
+            scenario has all probes.
     """
 
     def mark(cls: type[T]) -> type[T]:
-        cls.info = ProbeInfo(id, title, every, cost, examines, seldom, _doc(cls))  # type: ignore[attr-defined]
+        cls.info = ProbeInfo(id, title, every, cost, examines, seldom, on_request, _doc(cls))  # type: ignore[attr-defined]
         cls.every = every  # type: ignore[attr-defined]
         return cls
 

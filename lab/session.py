@@ -70,10 +70,9 @@ class Session:
     def begin_step(self, step: Step) -> None:
         """Make a step the current one, and decide whether it is examined."""
         every, index = self.examine_every, step.index
-        step.examined = index >= self._next or self._look_again
-        step.thorough = step.examined and (
-            self._look_again or index >= self._next_thorough or index + 1 == self.run.steps
-        )
+        now = self._look_again or index + 1 == self.run.steps
+        step.examined = now or index >= self._next
+        step.thorough = now or (step.examined and index >= self._next_thorough)
         if index >= self._next:
             self._next = index + max(every, min(index // 5, 10 * every))
         if step.examined and index >= self._next_thorough:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lab.errors import BadInput
+from lab.errors import BadInput, LookAgain
 
 Values = npt.NDArray[np.float64]
 Columns = tuple[tuple[str, str], ...]
@@ -71,6 +71,19 @@ class Series:
         """Return the step and the value where `wrong` [n] is first true; None when it never is."""
         where = np.flatnonzero(wrong)
         return (int(self.steps[where[0]]), float(self.values[where[0]])) if len(where) else None
+
+    def until_now(self, wrong: npt.NDArray[np.bool_], looks: int) -> int | None:
+        """Return from which place on `wrong` [n] holds up to the last; None if it does not hold at the last.
+
+        Raises:
+            LookAgain: It does, and in fewer than `looks` of them.
+        """
+        right = np.flatnonzero(~wrong)
+        begin = int(right[-1]) + 1 if len(right) else 0
+        newest = len(wrong) - begin
+        if 0 < newest < looks:
+            raise LookAgain(f"wrong in the newest {newest} of {len(wrong)} looks; {looks} tell")
+        return begin if newest else None
 
     @property
     def finite(self) -> Series:

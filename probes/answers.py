@@ -222,9 +222,8 @@ def answers_end(history: History) -> Iterator[Symptom]:
     ends, counted = history.series("answers.ends"), history.series("answers.ends_counted").values
     if not len(ends) or not np.any(ends.values > 0):
         raise NotChecked("no end of a text is known in these rows")
-    begin = run_of((ends.values > 0) & (counted == 0))
-    seen = float(ends.values[begin:].sum())
-    if len(ends) - begin >= STEPS and seen >= ENDS:
+    begin = ends.until_now((ends.values > 0) & (counted == 0), STEPS)
+    if begin is not None and (seen := float(ends.values[begin:].sum())) >= ENDS:
         step = int(ends.steps[begin])
         text = f"from step {step} on none of {seen:.0f} ends of a text counts, and the targets before them do"
         yield Symptom(at="", since=step, seen=0.0, expected=f"{seen:.0f}", text=text)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lab import History, Run, Series, Site, Step
+    from lab import History, Run, Site, Step
 
 LOOKS = 3  # in a row and up to now: a single update may be left out on purpose
 
@@ -47,7 +47,7 @@ class Arrival(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         self._calls = 0
-        if not self.due(step):
+        if not (self.due(step) or step.examined):
             return
         held = [p for group in run.optimizer.param_groups for p in group["params"]]
         learning = list({id(p): p for p in (*held, *run.parameters.values())}.values())
@@ -66,13 +66,6 @@ class Arrival(Probe):
         self._sent.clear()  # what a closure propagated within the update is of this step
 
 
-def _until_now(series: Series, wrong: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int | None:
-    """Return from which measured step on it has been wrong until now; None if not in enough of them."""
-    right = np.flatnonzero(~wrong)
-    begin = int(right[-1]) + 1 if len(right) else 0
-    return begin if len(series) - begin >= LOOKS else None
-
-
 @rule(
     "arrival.none",
     title="The gradients of a step are there when the optimiser takes it",
@@ -89,7 +82,7 @@ def arrival_none(history: History) -> Iterator[Symptom]:
     share, output = history.series("arrival.share"), history.series("arrival.output").values
     if not np.any(output > 0):
         raise NotChecked("no gradient was seen at the output before an update")
-    begin = _until_now(share, (share.values == 0) & (output > 0))
+    begin = share.until_now((share.values == 0) & (output > 0), LOOKS)
     if begin is not None:
         step, sent = int(share.steps[begin]), float(output[begin])
         yield Symptom(
@@ -121,7 +114,7 @@ def update_calls(history: History) -> Iterator[Symptom]:
     if not np.any(finite & (share.values > 0)):
         raise NotChecked("no gradient that is finite was there before an update")
     asked = calls.values[at][: len(share)]
-    begin = _until_now(share, (asked == 0) & (share.values > 0)[: len(asked)] & finite[: len(asked)])
+    begin = share.until_now((asked == 0) & (share.values > 0)[: len(asked)] & finite[: len(asked)], LOOKS)
     if begin is not None:
         step = int(share.steps[begin])
         text = f"from step {step} on the optimiser is not called, although the gradients are there"

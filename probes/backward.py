@@ -24,8 +24,9 @@ LOUDER = 4096.0  # a power of two: it changes no digit of a gradient
 @probe(
     "backward",
     title="Do gradients reach what the output depends on, and do small ones survive?",
-    cost="one forward and two backward passes on four rows, or on all where they cannot be cut, on examined steps",
+    cost="one forward and two backward passes on four rows, or on all where they cannot be cut",
     examines=True,
+    seldom=True,
 )
 class Backward(Probe):
     """Goes backward from the output with the gradient that training sent there, and with one 4096 times as large.
@@ -46,7 +47,7 @@ class Backward(Probe):
 
     def _see(self, _site: Site, gradient: Tensor) -> None:
         step = self._run.step
-        if step.examined and step.part == step.parts - 1 and gradient.dim():
+        if step.thorough and step.part == step.parts - 1 and gradient.dim():
             self._sent = gradient.detach()  # until the examination, a moment later
 
     def lab_before_update(self, run: Run) -> None:
@@ -178,9 +179,8 @@ def backward_lost(history: History) -> Iterator[Symptom]:
     "Most" is a judgement: what is lost has no update, and Adam would have made it as large as any.
     """
     for name, series in history.each("backward.lost"):
-        few = np.flatnonzero(~(series.values > 0.5))
-        begin = int(few[-1]) + 1 if len(few) else 0
-        if len(series) - begin >= LOOKS:
+        begin = series.until_now(series.values > 0.5, LOOKS)
+        if begin is not None:
             step, share = int(series.steps[begin]), float(series.values[begin])
             yield Symptom(
                 at=name,

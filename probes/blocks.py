@@ -6,7 +6,6 @@ import re
 from typing import TYPE_CHECKING, Self
 
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
-from lab import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,8 +25,9 @@ ROUNDING = 1e-6
 @probe(
     "blocks",
     title="Is every block on the path, and every norm in it, and do tokens stay apart?",
-    cost="forward and backward on two rows, on examined steps",
+    cost="forward and backward on two rows",
     examines=True,
+    seldom=True,
 )
 class Blocks(Probe):
     """Notes which weights have a gradient, then calls the model in evaluation mode, and notes what it calls and uses.
@@ -45,7 +45,7 @@ class Blocks(Probe):
         self._graded: tuple[int, set[str]] = (-1, set())
 
     def lab_before_update(self, run: Run, step: Step) -> None:
-        if step.examined and self._lists:
+        if step.thorough and self._lists:
             self._graded = step.index, {name for name, p in run.parameters.items() if p.grad is not None}
 
     def lab_examine(self, run: Run, step: Step) -> None:
@@ -165,9 +165,8 @@ def _apart(x: Tensor) -> Tensor:  # [R T C] -> []
 def _since(history: History, metric: str, name: str) -> int | None:
     """The step from which the metric is 1 in each look, of three at least."""
     series = history.series(metric, name).finite
-    other = np.flatnonzero(series.values != 1)
-    start = int(other[-1]) + 1 if len(other) else 0
-    return int(series.steps[start]) if len(series) - start >= LOOKS else None
+    start = series.until_now(series.values == 1, LOOKS)
+    return None if start is None else int(series.steps[start])
 
 
 def _enough(history: History, metric: str) -> None:

@@ -69,7 +69,7 @@ class Calls(Probe):
 
     def lab_before_update(self, step: Step) -> None:
         calls, self._calls = self._calls, []
-        if not self.due(step) or not calls:
+        if not (self.due(step) or step.examined) or not calls:
             return
         in_vain: list[Tensor] = []
         for call in calls:
@@ -91,8 +91,8 @@ def calls_in_vain(history: History) -> Iterator[Symptom]:
     No backward pass went through the second, so its graph served nothing, and its numbers are those of the first.
     """
     series = history.series("calls.in_vain")
-    begin = len(series) - int((series.values > 0)[::-1].cumprod().sum())
-    if len(series) - begin >= LOOKS:
+    begin = series.until_now(series.values > 0, LOOKS)
+    if begin is not None:
         step, seen = int(series.steps[begin]), float(series.values[-1])
         many = "an answer is" if seen == 1 else f"{seen:.0f} answers are"
         text = f"in each step from {step} on {many} computed again, with a graph that nothing uses"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Clipping(Probe):
         self._reason = "no clipping by torch.nn.utils.clip_grad_norm_ was seen"
 
     def lab_before_update(self, run: Run, step: Step) -> None:
-        if not self.due(step) or not step.clips:
+        if not (self.due(step) or step.examined) or not step.clips:
             return
         if len(step.clips) > 1:
             self._reason = "gradients are clipped more than once in a step"
@@ -80,7 +80,7 @@ def _from_some_step_on(wrong: NDArray[np.bool_], asked: NDArray[np.bool_]) -> bo
     """Whether, from the first step that is wrong, all are of which it can be asked.
 
     Raises:
-        NotChecked: They are too few.
+        LookAgain: They are too few.
     """
     if not np.any(wrong):
         return False
@@ -88,7 +88,7 @@ def _from_some_step_on(wrong: NDArray[np.bool_], asked: NDArray[np.bool_]) -> bo
     if not np.array_equal(wrong[first:], asked[first:]):
         return False
     if wrong.sum() < LOOKS:
-        raise NotChecked(f"fewer than {LOOKS} measured steps had anything to clip")
+        raise LookAgain(f"fewer than {LOOKS} measured steps had anything to clip")
     return True
 
 

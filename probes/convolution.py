@@ -33,8 +33,9 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Module]:
 @probe(
     "convolution",
     title="Which positions does each convolution see?",
-    cost="forward and backward on one row, on examined steps",
+    cost="forward and backward on one row",
     examines=True,
+    seldom=True,
 )
 class Convolution(Probe):
     """Differentiates what each convolution gives out at one position by what it is given at every position.

@@ -19,8 +19,9 @@ ROUNDING = 1e-4
 @probe(
     "determinism",
     title="Does evaluation give the same answer twice?",
-    cost="two forward passes on two rows, on examined steps",
+    cost="two forward passes on two rows",
     examines=True,
+    seldom=True,
 )
 class Determinism(Probe):
     """Calls the model twice in evaluation mode on the same rows, with random numbers running on between the calls.

@@ -28,8 +28,9 @@ EARLIER = f"fewer than {LOOKS} looks at a feed-forward layer: what happens once 
 @probe(
     "feed-forward",
     title="What does the activation of each feed-forward layer let through?",
-    cost="a forward pass on four rows, and the slope of each activation, on examined steps",
+    cost="a forward pass on four rows, and the slope of each activation",
     examines=True,
+    seldom=True,
 )
 class FeedForward(Probe):
     """Differentiates what enters the last matrix of each feed-forward layer by what leaves the first.
@@ -191,13 +192,12 @@ def _direction(like: Tensor) -> Tensor:
 
 def _since(series: Series, wrong: NDArray[np.bool_]) -> int | None:
     """The step from which a look and all after it are wrong, of three looks at least."""
-    right = np.flatnonzero(~wrong)
-    start = int(right[-1]) + 1 if len(right) else 0
-    return int(series.steps[start]) if len(wrong) - start >= LOOKS else None
+    start = series.until_now(wrong, LOOKS)
+    return None if start is None else int(series.steps[start])
 
 
 def _looks(history: History, metric: str) -> Iterator[tuple[str, Series]]:
-    series = [(name, found) for name, s in history.each(metric) if len(found := s.finite) >= LOOKS]
+    series = [(name, found) for name, s in history.each(metric) if len(found := s.finite)]
     if not series:
         raise NotChecked(EARLIER)
     yield from series

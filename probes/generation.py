@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lab import Batch, History, Run, Step
 
 POSITIONS = 8
-EVERY = 40  # steps: a cache does not depend on the weights, so it need not be tried at each look
 # Of the largest number: some 10^4 roundings of float32 that all point one way. Lower precision is not judged.
 ROUNDING = 1e-3
 NOISY = 100.0  # times what rounding does to the same logits in this very model, whose scores may enlarge it
@@ -58,9 +57,9 @@ class Cache:
 @probe(
     "generation",
     title="Are the logits with a cache those without?",
-    every=EVERY,
-    cost="ten passes over one row of at most 8 tokens, every 40th step",
+    cost="ten passes over one row of at most 8 tokens",
     examines=True,
+    seldom=True,
 )
 class Generation(Probe):
     """Passes half of a row, then token by token with a cache, and compares with the whole row at once.
@@ -71,23 +70,8 @@ class Generation(Probe):
     something else.
     """
 
-    def lab_start(self) -> None:
-        self._next = 0
-        self._reason = ""
-
     def lab_examine(self, run: Run, step: Step) -> None:
-        suspect = run.history.last("generation.cached_gap") > ROUNDING
-        if step.index >= self._next or suspect or (run.steps is not None and step.index == run.steps - 1):
-            self._next = step.index + EVERY
-            self._reason = ""
-            try:
-                self._try(run, step, everywhere=suspect)
-            except NotChecked as reason:
-                self._reason = str(reason)
-        if self._reason:  # it holds until the next trial
-            raise NotChecked(self._reason)
-
-    def _try(self, run: Run, step: Step, *, everywhere: bool) -> None:
+        everywhere = run.history.last("generation.cached_gap") > ROUNDING
         inputs = step.batch.inputs if step.batch is not None else None
         if "cache" not in inspect.signature(run.model.forward).parameters:
             raise NotChecked("the model takes no cache")

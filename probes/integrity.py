@@ -35,6 +35,7 @@ class _Kept:
     "integrity",
     title="Do weights and the optimiser's memory stay as an update left them, until the next?",
     cost="sums of the bits of all weights and of the optimiser's memory, twice a step",
+    on_request=True,
 )
 class Integrity(Probe):
     """Sums bits as integers just after an update and just before the next: exact, in whatever order they are added.

@@ -25,8 +25,9 @@ ROUTED = ("router", "expert", "moe")
 @probe(
     "mixing",
     title="Does a row depend on another, or a token on padding?",
-    cost="two forward passes on three rows, on examined steps",
+    cost="two forward passes on three rows",
     examines=True,
+    seldom=True,
 )
 class Mixing(Probe):
     """Calls the model twice in evaluation mode: with three rows, and with other tokens where nothing should depend on.

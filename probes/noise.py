@@ -24,8 +24,9 @@ ROWS = 2
 @probe(
     "noise",
     title="Does a block draw random numbers for the stream that passes it?",
-    cost="a forward pass on two rows, each block twice, on examined steps; only where evaluation is random",
+    cost="a forward pass on two rows, each block twice; only where evaluation is random",
     examines=True,
+    seldom=True,
 )
 class Noise(Probe):
     """Sets all parameters of all blocks to 0, and calls each block twice, in evaluation mode, on what it is given.

@@ -30,8 +30,9 @@ ATTENTION = re.compile(r"attn|attention|mha", re.IGNORECASE)
 @probe(
     "normalisation",
     title="Does each norm normalise, and each token by itself?",
-    cost="a forward pass on two rows, and four calls of each norm, on examined steps",
+    cost="a forward pass on two rows, and four calls of each norm",
     examines=True,
+    seldom=True,
 )
 class Normalisation(Probe):
     """Calls each layer norm and RMS norm again, on what it was just given, changed in ways that have a known answer.

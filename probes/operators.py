@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 ROWS = 2
 SHORTEST = 8  # positions: half of them must be enough to be told from all
-EVERY = 40  # steps: what a model computes seldom changes, so it need not be counted at each look
 # A layer may have a few attentions side by side on purpose: differential attention has two.
 HEADS = 4
 
@@ -26,9 +25,9 @@ HEADS = 4
 @probe(
     "operators",
     title="Which operators does a forward pass take?",
-    every=EVERY,
-    cost="two forward passes of two rows, one of half the length, every 40th step",
+    cost="two forward passes of two rows, one of half the length",
     examines=True,
+    seldom=True,
 )
 class Operators(Probe):
     """Counts the operators of a forward pass on two rows, and on the first half of them.
@@ -43,22 +42,7 @@ class Operators(Probe):
     concatenations wrote over the size of its result, with all positions and with half.
     """
 
-    def lab_start(self) -> None:
-        self._next = 0
-        self._reason = ""
-
     def lab_examine(self, run: Run, step: Step) -> None:
-        if step.index >= self._next or (run.steps is not None and step.index == run.steps - 1):
-            self._next = step.index + EVERY
-            self._reason = ""
-            try:
-                self._count(run, step)
-            except NotChecked as reason:
-                self._reason = str(reason)
-        if self._reason:
-            raise NotChecked(self._reason)
-
-    def _count(self, run: Run, step: Step) -> None:
         if step.batch is None:
             raise NotChecked("no batch was seen")
         rows = _rows(step.batch)

@@ -28,11 +28,11 @@ UPDATES = 10  # so many without a rate are no beginning of a warmup
 class OptimizerState(Probe):
     """Looks at the groups, and at the state after an update.
 
-    Records in each step ``optimizer.rate``, the largest of any group. Else ``optimizer.own``, the share of the model's
+    Records in each step ``optimizer.rate``, the largest of any group, and ``optimizer.count``, how many updates it
+    remembers of the first parameter that it remembers any of. Else ``optimizer.own``, the share of the model's
     trainable parameters that it holds, ``optimizer.alike``, the share of them for each of which it holds a tensor of
     the same shape that is none of the model's, ``optimizer.gradients``, how many of the tensors that it holds have a
-    gradient, ``optimizer.count``, the most updates that it remembers of any parameter, and of Adam
-    ``optimizer.betas``: beta1^2 / sqrt(beta2), the largest of any group.
+    gradient, and of Adam ``optimizer.betas``: beta1^2 / sqrt(beta2), the largest of any group.
     """
 
     def lab_before_update(self, run: Run, step: Step) -> None:
@@ -51,13 +51,11 @@ class OptimizerState(Probe):
         step.record("optimizer.gradients", sum(p.grad is not None for p in held))
 
     def lab_step_end(self, run: Run, step: Step) -> None:
-        if not self.due(step):
-            return
         states = [state for state in run.optimizer.state.values() if isinstance(state, dict)]
-        counts = [state["step"] for state in states if "step" in state]
-        if counts:
-            step.record("optimizer.count", _largest(counts))
-        if any("exp_avg" in state and "exp_avg_sq" in state for state in states):
+        count = next((state["step"] for state in states if "step" in state), None)
+        if count is not None:
+            step.record("optimizer.count", _largest([count]))
+        if self.due(step) and any("exp_avg" in state and "exp_avg_sq" in state for state in states):
             betas = [pair for group in run.optimizer.param_groups if (pair := _betas(group)) is not None]
             if betas:
                 step.record("optimizer.betas", max(b1**2 / max(b2, 1e-12) ** 0.5 for b1, b2 in betas))

@@ -38,7 +38,7 @@ class Padding(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         batch, self._whole = self._whole or step.batch, None
-        if batch is None or not self.due(step) or _fixed(run):
+        if batch is None or not (self.due(step) or step.examined) or _fixed(run):
             return
         inputs, there = batch.inputs, _present(batch)
         if inputs is None or there is None:
@@ -94,8 +94,8 @@ def padding_unneeded(history: History) -> Iterator[Symptom]:
     width = np.divide(empty, series.values, out=np.zeros_like(empty), where=series.values > 0)
     # A whole tile may be needed for a single column; of a narrow batch on the CPU there is no such thing.
     needless = (series.values > 0.5) & ((empty > TILE) | (width < TILE))
-    begin = len(series) - int(needless[::-1].cumprod().sum())
-    if len(series) - begin >= LOOKS:
+    begin = series.until_now(needless, LOOKS)
+    if begin is not None:
         step, share = int(series.steps[begin]), float(series.values[-1])
         text = f"{share:.0%} of the columns of a batch are padding in every row, from step {step} on"
         yield Symptom(at="", since=step, seen=share, expected="0", text=text)

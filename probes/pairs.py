@@ -10,7 +10,6 @@ from lab import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from lab import Batch, History, Run, Step
@@ -95,12 +94,6 @@ def _sum_and_mean(logits: Tensor, targets: Tensor) -> Tensor:  # [B T V], [B T] 
 # ---------------------------------------------------------------- rules
 
 
-def _run_of(wrong: NDArray[np.bool_]) -> int:
-    """From which value on it has been so until now; as many as there are if it is not so now."""
-    right = np.flatnonzero(~wrong)
-    return int(right[-1]) + 1 if len(right) else 0
-
-
 @rule(
     "pairs.swapped",
     title="The preferred answer is the one that gets likelier",
@@ -121,9 +114,9 @@ def pairs_swapped(history: History) -> Iterator[Symptom]:
     right, swapped = (history.series("pairs.form", name).values for name in ("dpo", "swapped"))
     apart = np.abs(right - swapped) > APART * np.maximum(1, np.abs(right))
     fits = np.abs(loss - swapped) <= ROUNDING * np.maximum(1, np.abs(loss))
-    steps, begin = series.steps[apart], _run_of(fits[apart])
-    if len(steps) - begin >= STEPS:
-        step = int(steps[begin])
+    begin = series.until_now(fits[apart], STEPS)
+    if begin is not None:
+        step = int(series.steps[apart][begin])
         seen, best = float(loss[apart][begin]), float(right[apart][begin])
         text = (
             f"the loss at step {step} is {seen:.6f}, that of pairs whose answers are exchanged; by the margin that is "
@@ -159,8 +152,8 @@ def pairs_scored_apart(history: History) -> Iterator[Symptom]:
     )
     for one, other in (("policy", "reference"), ("reference", "policy")):
         wrong = summed[one] & averaged[other]
-        begin = _run_of(wrong)
-        if len(wrong) - begin >= STEPS:
+        begin = first.until_now(wrong, STEPS)
+        if begin is not None:
             step = int(first.steps[begin])
             text = (
                 f"from step {step} on the {one} is logged with the sum of an answer's log-probabilities, the {other} "

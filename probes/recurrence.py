@@ -38,8 +38,9 @@ def _recurrences(model: nn.Module) -> dict[str, nn.Module]:
 @probe(
     "recurrence",
     title="Does each recurrence remember, and only its own row?",
-    cost="two forward passes and one backward on one row, on examined steps",
+    cost="two forward passes and one backward on one row",
     examines=True,
+    seldom=True,
 )
 class Recurrence(Probe):
     """Differentiates the last output of each recurrence by its inputs, and calls the model once more.
@@ -150,11 +151,12 @@ def _forget(module: nn.Module, call: Call) -> Tensor | None:
     phase="forward",
 )
 def recurrence_reset(history: History) -> Iterator[Symptom]:
-    """Exactly 0 whenever looked at, three times at least: a matrix on the state may start from 0, and moves then."""
+    """Exactly 0 in three looks or more, up to now: a matrix on the state may start from 0, and moves then."""
     for name, series in history.each("recurrence.earlier"):
-        if len(series.values) >= LOOKS and (series.values == 0).all():
+        begin = series.until_now(series.values == 0, LOOKS)
+        if begin is not None:
             text = f"{name} takes nothing from earlier positions: its state has forgotten them"
-            yield Symptom(at=name, since=int(series.steps[0]), seen=0.0, expected="above 0", text=text)
+            yield Symptom(at=name, since=int(series.steps[begin]), seen=0.0, expected="above 0", text=text)
 
 
 @rule(
@@ -216,11 +218,12 @@ def _carried(history: History, name: str) -> tuple[int, float] | None:
     phase="forward",
 )
 def recurrence_forgets(history: History) -> Iterator[Symptom]:
-    """Below 2^-12 in every unit, whenever looked at: after two positions less is left than float32 has bits for."""
+    """Below 2^-12 in every unit, in three looks up to now: after two positions less is left than float32 tells."""
     if not history.sites("recurrence.forget"):
         raise NotChecked("no recurrence in this model has a forget gate that is known here")
     for name, series in history.each("recurrence.forget"):
-        if len(series.values) >= LOOKS and (series.values < 2.0**-12).all():
-            step, seen = int(series.steps[0]), float(series.values.max())
+        begin = series.until_now(series.values < 2.0**-12, LOOKS)
+        if begin is not None:
+            step, seen = int(series.steps[begin]), float(series.values[begin:].max())
             text = f"no unit of {name} keeps more than {seen:.1g} of its cell from one position to the next"
             yield Symptom(at=name, since=step, seen=seen, expected="above 2^-12 somewhere", text=text)

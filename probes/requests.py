@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lab import LabError, NotChecked, Probe, Symptom, probe, rule, torch
 
-from .generation import EVERY, POSITIONS, Cache, asked, gap
+from .generation import POSITIONS, Cache, asked, gap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,9 +23,9 @@ NOISE = 1e-4
 @probe(
     "requests",
     title="Does a request depend on the one before it?",
-    every=EVERY,
-    cost="six passes over one row of at most 8 tokens, every 40th step",
+    cost="six passes over one row of at most 8 tokens",
     examines=True,
+    seldom=True,
 )
 class Requests(Probe):
     """Passes one row with an empty cache, after itself and after a row of its first token.
@@ -34,22 +34,7 @@ class Requests(Probe):
     ``requests.repeat``, the same of two answers without a cache: 0 unless something is random.
     """
 
-    def lab_start(self) -> None:
-        self._next = 0
-        self._reason = ""
-
     def lab_examine(self, run: Run, step: Step) -> None:
-        if step.index >= self._next:
-            self._next = step.index + EVERY
-            self._reason = ""
-            try:
-                self._try(run, step)
-            except NotChecked as reason:
-                self._reason = str(reason)
-        if self._reason:  # it holds until the next trial
-            raise NotChecked(self._reason)
-
-    def _try(self, run: Run, step: Step) -> None:
         batch = step.batch
         inputs = batch.inputs if batch is not None else None
         if "cache" not in inspect.signature(run.model.forward).parameters:

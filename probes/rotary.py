@@ -25,8 +25,9 @@ NONE = "no attention in this model turns its queries and keys, in pairs of chann
 @probe(
     "rotary",
     title="Are queries and keys turned alike, evenly, and alone?",
-    cost="a forward pass on one row, on examined steps",
+    cost="a forward pass on one row",
     examines=True,
+    seldom=True,
 )
 class Rotary(Probe):
     """Gives each attention layer the same vector at every position: what then changes from one to another is turning.

@@ -26,8 +26,9 @@ LOOKS = 3
 @probe(
     "stream",
     title="Does each block add its branches to its input?",
-    cost="forward and backward on one row, on examined steps",
+    cost="forward and backward on one row",
     examines=True,
+    seldom=True,
 )
 class Stream(Probe):
     """Sets the matrices of all blocks to 0 and differentiates what each block gives out by what it is given.

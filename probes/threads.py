@@ -23,7 +23,7 @@ class Threads(Probe):
     """
 
     def lab_step_end(self, run: Run, step: Step) -> None:
-        if self.due(step) and not _why_not(run):
+        if (self.due(step) or step.examined) and not _why_not(run):
             step.record("threads.intra_op", float(torch.get_num_threads()))
             step.record("threads.cores", float(len(os.sched_getaffinity(0))))
 
@@ -51,9 +51,8 @@ def threads_too_many(history: History) -> Iterator[Symptom]:
     OpenMP take the cores of a process for their default: more are asked for by somebody. Fewer may be meant.
     """
     series, cores = history.series("threads.intra_op"), history.series("threads.cores").values
-    late = series.values > cores
-    begin = len(series) - int(late[::-1].cumprod().sum())
-    if len(series) - begin >= LOOKS:
+    begin = series.until_now(series.values > cores, LOOKS)
+    if begin is not None:
         step, seen = int(series.steps[begin]), float(series.values[-1])
         text = f"from step {step} on operators are computed by {seen:.0f} threads, on {cores[-1]:.0f} cores"
         yield Symptom(at="", since=step, seen=seen, expected=f"at most {cores[-1]:.0f}", text=text)

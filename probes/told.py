@@ -24,6 +24,7 @@ NOBODY = "no decoder in this model is told the targets before: apart from its in
     title="Does an output depend on later tokens of those that a decoder is told?",
     cost="as causality, where a model is called with such tokens",
     examines=True,
+    seldom=True,
 )
 class Told(Probe):
     """Looks for tokens beside the inputs that are the targets shifted right by one, and differentiates by them.

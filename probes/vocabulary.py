@@ -109,9 +109,8 @@ def vocabulary_class_left_out(history: History) -> Iterator[Symptom]:
     if not len(told):
         return
     steps, loss, whole, left = series.steps[told], loss[told], whole[told], left[told]
-    right = np.flatnonzero(~fits[told] | (off[told] <= APART) | (left != left[-1]))
-    begin = int(right[-1]) + 1 if len(right) else 0
-    if len(told) - begin >= STEPS:
+    begin = series.until_now(fits[told] & (off[told] > APART) & (left == left[-1]), STEPS)
+    if begin is not None:
         step, token = int(steps[begin]), int(left[-1])
         text = f"the loss at step {step} is {loss[begin]:.5f}, the mean over all targets but those of class {token}; "
         text += f"over all it is {whole[begin]:.5f}"

@@ -40,6 +40,7 @@ def watch(
     catalogue: Catalogue | None = None,
     examine_every: int = 10,
     scheduler: LRScheduler | None = None,
+    probes: Iterable[str] | None = None,
 ) -> Watch:
     """Watch a training loop, for as long as the block lasts.
 
@@ -63,12 +64,13 @@ def watch(
         catalogue: Where probes, rules and causes are found; by default everything that is installed.
         examine_every: The cadence of experiments, in steps; later in the run more seldom (see `lab.session.Session`).
         scheduler: Of the learning rate, if it is to be stepped once for each update. Leave out one that counts epochs.
+        probes: The ids of those to use; by default all but those that cost too much in each step to be used unasked.
 
     Raises:
-        BadInput: `out` holds a run already.
+        BadInput: `out` holds a run already, or there is no such probe.
     """
     folder = Path(out) if out is not None else _new_name()
-    return Watch(model, optimizer, folder, tuple(plugins), catalogue or discover(), examine_every, scheduler)
+    return Watch(model, optimizer, folder, tuple(plugins), catalogue or discover(), examine_every, scheduler, probes)
 
 
 def _new_name() -> Path:
@@ -97,7 +99,10 @@ class Watch:
         catalogue: Catalogue,
         examine_every: int,
         scheduler: LRScheduler | None = None,
+        probes: Iterable[str] | None = None,
     ) -> None:
+        unasked = [id for id, probe in catalogue.probes.items() if not probe.info.on_request]
+        chosen = [catalogue.probe(id) for id in (unasked if probes is None else probes)]
         new_folder(folder)
         write_run_file(folder, "watch", {}, torch.initial_seed() % 2**31)
         manager = Manager()
@@ -110,7 +115,7 @@ class Watch:
         self._session = Session(self.run, catalogue, examine_every=examine_every)
         for plugin in plugins:
             manager.add(plugin)
-        for probe in catalogue.probes.values():
+        for probe in chosen:
             manager.add_made(probe)
         self._functions = CrossEntropyCalls(self._cross_entropy)
         self._undo = contextlib.ExitStack()

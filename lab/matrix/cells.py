@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lab.catalogue import Catalogue
 
 Which = Literal["develop", "held-out"]
-STEPS = 30
+STEPS = 32
 FIRST_SEED = {"develop": 0, "held-out": 10_000}
 # What is drawn for a configuration. The two sets share no width, no rate and no vocabulary.
 CHOICES: dict[Which, dict[str, Sequence[Any]]] = {
@@ -48,7 +48,7 @@ OPEN_TRAINING: dict[str, Sequence[Any]] = {
     "clip": (0.5, 1.0, 1e6),
     "warmup": (0, 5, 20),
 }
-EARLIEST, LATEST = 3, 10  # the first step of a fault that begins late
+EARLIEST, LATEST = 3, 8  # the first step of a fault that begins late
 LAYER = re.compile(r"(?<![^.])blocks\.(\d+)(?![^.])")
 
 

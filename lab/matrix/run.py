@@ -14,6 +14,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from lab.errors import BadInput, one_line
 from lab.files import FINDINGS
 from lab.matrix.cells import Cell, aimed, aims, configured
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from lab.catalogue import Catalogue
     from lab.diagnosis.model import Diagnosis
     from lab.matrix.cells import Aim
+    from lab.store import History
 
 ROWS = "rows.jsonl"
 Row = dict[str, Any]
@@ -140,6 +143,8 @@ def run_cell(cell: Cell) -> Row:
         return {**row, "applies": False, "reason": str(error)}
     except Exception as error:  # noqa: BLE001 - one cell that fails must not end the matrix
         return {**row, "applies": True, "error": one_line(error), **_nothing()}
+    if len(used) == 1 and ran.diagnosis.verdict != "faulty" and _changed_nothing(cell, ran, catalogue):
+        return {**row, "applies": False, "reason": "it changes nothing in this run"}
     about = {"finite": ran.finite, "seconds": round(time.monotonic() - begun, 2)}
     return {**row, "applies": True, **judged(ran.diagnosis, used, ran.found_at), **about}
 
@@ -150,20 +155,36 @@ class _Ran(NamedTuple):
     diagnosis: Diagnosis
     found_at: int | None
     finite: bool
+    history: History
 
 
-def _run(cell: Cell, used: Sequence[Aim], catalogue: Catalogue) -> _Ran:
+def _changed_nothing(cell: Cell, ran: _Ran, catalogue: Catalogue) -> bool:
+    """Whether a fault left the run as it was: all losses, and the metric that it says it moves, but for rounding.
+
+    Such as a logarithm of 0 where no probability is as small as that. There is nothing then that could be found.
+    """
+    healthy = _run(dataclasses.replace(cell, faults=()), (), catalogue, like=cell).history
+    for metric in ("loss", "loss.held_out", catalogue.faults[cell.faults[0]].info.moves):
+        for site in {*ran.history.sites(metric), *healthy.sites(metric)}:
+            here, there = ran.history.series(metric, site).values, healthy.series(metric, site).values
+            if len(here) != len(there) or not np.allclose(here, there, rtol=1e-5, atol=0.0, equal_nan=True):
+                return False
+    return True
+
+
+def _run(cell: Cell, used: Sequence[Aim], catalogue: Catalogue, like: Cell | None = None) -> _Ran:
+    """Run a cell; in the configuration of another, if one is given."""
     from lab.runtime.run import find_device, run_once
     from lab.scenario import make_faults
 
-    scenario = configured(cell, used)
+    scenario = configured(like or cell, used)
     faults = make_faults(scenario, catalogue, cell.key)
     with tempfile.TemporaryDirectory(prefix="lab-matrix-") as folder:
         kept = Path(folder) / "run"
         diagnosis, history = run_once(cell.key, scenario, catalogue, kept, faults, find_device("cpu"), [])
         told = (kept / FINDINGS).read_text(encoding="utf-8").splitlines() if (kept / FINDINGS).is_file() else []
     loss = history.series("loss")
-    return _Ran(diagnosis, json.loads(told[0])["step"] if told else None, len(loss) == len(loss.finite))
+    return _Ran(diagnosis, json.loads(told[0])["step"] if told else None, len(loss) == len(loss.finite), history)
 
 
 def _nothing() -> Row:

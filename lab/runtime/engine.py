@@ -202,7 +202,8 @@ class Engine:
         """Let the trained model write a little, as a reader's own check."""
         prompt = run.data.prompt().to(run.device)  # [1 T]
         tokens = run.hook.lab_generate(run=run, step=step, prompt=prompt, length=SAMPLE_LENGTH)
-        self.session.fact("sample", run.data.decode(tokens[0].tolist()))
+        # A model may have more classes than there are tokens.
+        self.session.fact("sample", run.data.decode([t for t in tokens[0].tolist() if t < run.data.vocabulary]))
 
     # ---------------------------------------------------------------- what objectives take over
 
