@@ -156,8 +156,8 @@ class Probe(Plugin):
     every: int = 1
 
     def due(self, step: Step) -> bool:
-        """Whether this step is one to measure: the first three, then each `every`-th."""
-        return step.index < 3 or step.index % self.every == 0
+        """Whether this step is one to measure: the first three, then each `every`-th, and those that are examined."""
+        return step.index < 3 or step.index % self.every == 0 or step.examined
 
     def read(self, run: Run, pattern: str, see: Callable[[Site, Tensor], None], *, grad: bool = False) -> list[Site]:
         """Call ``see(site, value)`` for every matching site on steps that are due; return those sites.

@@ -47,7 +47,7 @@ class Arrival(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         self._calls = 0
-        if not (self.due(step) or step.examined):
+        if not self.due(step):
             return
         held = [p for group in run.optimizer.param_groups for p in group["params"]]
         learning = list({id(p): p for p in (*held, *run.parameters.values())}.values())

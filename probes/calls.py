@@ -69,7 +69,7 @@ class Calls(Probe):
 
     def lab_before_update(self, step: Step) -> None:
         calls, self._calls = self._calls, []
-        if not (self.due(step) or step.examined) or not calls:
+        if not self.due(step) or not calls:
             return
         in_vain: list[Tensor] = []
         for call in calls:

@@ -39,7 +39,7 @@ class Clipping(Probe):
         self._reason = "no clipping by torch.nn.utils.clip_grad_norm_ was seen"
 
     def lab_before_update(self, run: Run, step: Step) -> None:
-        if not (self.due(step) or step.examined) or not step.clips:
+        if not self.due(step) or not step.clips:
             return
         if len(step.clips) > 1:
             self._reason = "gradients are clipped more than once in a step"

@@ -81,7 +81,7 @@ class Data(Probe):
 
     def lab_before_update(self, step: Step) -> None:
         batch, self._whole = self._whole or step.batch, None
-        if batch is None or not (self.due(step) or step.examined):
+        if batch is None or not self.due(step):
             return
         if not _alone(batch):
             step.record("data.constant", NOTHING)

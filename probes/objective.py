@@ -57,7 +57,7 @@ class Objective(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         parts, self._parts = self._parts, []
-        if not (self.due(step) or step.examined or self._surprised(run)) or step.loss is None or step.logits is None:
+        if not (self.due(step) or self._surprised(run)) or step.loss is None or step.logits is None:
             return
         if step.loss.numel() != 1 or step.loss.dtype not in (torch.float32, torch.float64):
             return

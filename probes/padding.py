@@ -38,7 +38,7 @@ class Padding(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         batch, self._whole = self._whole or step.batch, None
-        if batch is None or not (self.due(step) or step.examined) or _fixed(run):
+        if batch is None or not self.due(step) or _fixed(run):
             return
         inputs, there = batch.inputs, _present(batch)
         if inputs is None or there is None:

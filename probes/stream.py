@@ -51,6 +51,7 @@ class Stream(Probe):
         suspects = {
             name: block for name, block in blocks.items() if run.history.last("stream.carried", name) < ROUNDING
         }
+        run.model.eval()  # dropout would let through another part of the stream each time
         with _zeroed(blocks.values()):
             for name, (sent, back) in _differentiate(run, rows, blocks).items():
                 size = torch.linalg.vector_norm(sent)

@@ -67,7 +67,7 @@ class Targets(Probe):
         counts = targets >= 0
         step.record("targets.counted", counts.double().mean())
         step.record("targets.sole", 1.0 if run.config is not None else _sole(step, targets))
-        if inputs is None or why_not(batch) or not (self.due(step) or step.examined):
+        if inputs is None or why_not(batch) or not self.due(step):
             return
         targets, counts = targets.view_as(inputs), counts.view_as(inputs)
         step.record("targets.asked", counts.sum().double())

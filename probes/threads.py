@@ -23,7 +23,7 @@ class Threads(Probe):
     """
 
     def lab_step_end(self, run: Run, step: Step) -> None:
-        if (self.due(step) or step.examined) and not _why_not(run):
+        if self.due(step) and not _why_not(run):
             step.record("threads.intra_op", float(torch.get_num_threads()))
             step.record("threads.cores", float(len(os.sched_getaffinity(0))))
 

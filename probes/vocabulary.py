@@ -44,7 +44,7 @@ class Vocabulary(Probe):
     def lab_loss(self, run: Run, step: Step) -> Generator[None, Tensor, Tensor]:
         loss = yield
         known = getattr(run.data, "vocabulary", None)
-        if step.mode != "train" or step.part or not (self.due(step) or step.examined) or not isinstance(known, int):
+        if step.mode != "train" or step.part or not self.due(step) or not isinstance(known, int):
             return loss
         logits, targets = step.logits, step.batch.targets if step.batch is not None else None
         if logits is None or targets is None or logits.shape[:-1] != targets.shape or loss.numel() != 1:
