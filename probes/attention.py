@@ -313,10 +313,10 @@ def attention_hidden_future(history: History) -> Iterator[Symptom]:
 def attention_head_silent(history: History) -> Iterator[Symptom]:
     """An average of values is exactly 0 only if all are: asked after updates, as values may start from weights of 0."""
     for site, series in history.each("attention.head_output"):
-        late = series.values[series.steps >= 2]
-        if len(late) >= 2 and (late == 0).all() and (found := series.first(series.values == 0)):
-            text = f"a head of {site} gives out exactly 0 on all {len(late)} steps that were looked at, others do not"
-            yield Symptom(at=site, since=found[0], seen=0.0, expected="above 0", text=text)
+        begin = series.until_now(series.values == 0, 3)
+        if begin is not None and series.steps[-1] >= 2:
+            text = f"a head of {site} gives out exactly 0 in {len(series) - begin} looks up to now, others do not"
+            yield Symptom(at=site, since=int(series.steps[begin]), seen=0.0, expected="above 0", text=text)
 
 
 @rule(

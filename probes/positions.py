@@ -67,14 +67,21 @@ def _circles(table: Tensor) -> tuple[Tensor, Tensor]:  # [T C] -> [], []
     return circle.amin(), uneven[circle.argmin()]
 
 
-def _always(history: History, metric: str) -> Iterator[tuple[str, int, float]]:
-    """Yield the tables of which a metric was above 0 whenever looked at, the step, and the share that is repeated.
+def _until_now(history: History, metric: str) -> Iterator[tuple[str, int, float]]:
+    """Yield the tables of which a metric is above 0 in each look up to now, since when, and the share that is repeated.
 
     A table may start from zeros, and be told apart by the first updates: two looks after those are asked for.
     """
     for site, series in history.each(metric):
-        if (series.steps >= 2).sum() >= 2 and (series.values > 0).all():
-            yield site, int(series.steps[0]), history.last("positions.repeated", site)
+        begin = series.until_now(series.values > 0, 3)
+        if begin is not None and (series.steps[begin:] >= 2).sum() >= 2:
+            yield site, int(series.steps[begin]), history.last("positions.repeated", site)
+
+
+def _since(history: History, metric: str, site: str, step: int) -> bool:
+    """Whether a metric is above 0 in each look from a step on."""
+    series = history.series(metric, site)
+    return bool((series.values[series.steps >= step] > 0).all())
 
 
 @rule(
@@ -86,8 +93,8 @@ def _always(history: History, metric: str) -> Iterator[tuple[str, int, float]]:
 )
 def positions_same(history: History) -> Iterator[Symptom]:
     """If all have the same, what is added says nothing: attention cannot tell one order of tokens from another."""
-    for site, step, share in _always(history, "positions.repeated"):
-        if share == 1 and (history.series("positions.early", site).values > 0).all():
+    for site, step, share in _until_now(history, "positions.repeated"):
+        if share == 1 and _since(history, "positions.early", site, step):
             text = f"{site} gives every position the same vector"
             yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
 
@@ -101,8 +108,8 @@ def positions_same(history: History) -> Iterator[Symptom]:
 )
 def positions_late(history: History) -> Iterator[Symptom]:
     """The last two have one vector and the first two have not: the table, or an index into it, ends too early."""
-    for site, step, share in _always(history, "positions.late"):
-        if not (history.series("positions.early", site).values > 0).all():
+    for site, step, share in _until_now(history, "positions.late"):
+        if not _since(history, "positions.early", site, step):
             text = f"{site} gives its last positions the same vector; {share:.0%} of all share theirs with another"
             yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
 
@@ -116,8 +123,8 @@ def positions_late(history: History) -> Iterator[Symptom]:
 )
 def positions_early(history: History) -> Iterator[Symptom]:
     """The first two have one vector and the last two have not: indices are shifted, and clamped at 0."""
-    for site, step, share in _always(history, "positions.early"):
-        if not (history.series("positions.late", site).values > 0).all():
+    for site, step, share in _until_now(history, "positions.early"):
+        if not _since(history, "positions.late", site, step):
             text = f"{site} gives its first two positions the same vector"
             yield Symptom(at=site, since=step, seen=share, expected="0", text=text)
 

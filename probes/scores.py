@@ -263,12 +263,10 @@ def scores_tied(history: History) -> Iterator[Symptom]:
     A warmup may begin at 0, so that the third look is to be of step 2 or later.
     """
     for site, series in history.each("scores.tied"):
-        if found := series.first(series.values > 0):
-            step, count = found
-            later = series.steps >= step
-            if len({*series.steps[later]}) < 3 or series.steps[-1] < 2 or not (series.values[later] > 0).all():
-                continue
-            text = f"{count:.0f} of the heads of {site} have the scores of another one, to the last bit, in every look"
+        begin = series.until_now(series.values > 0, 3)
+        if begin is not None and series.steps[-1] >= 2:
+            step, count = int(series.steps[begin]), float(series.values[begin])
+            text = f"{count:.0f} heads of {site} have the scores of another one, to the last bit, from step {step} on"
             yield Symptom(at=site, since=step, seen=count, expected="0", text=text)
 
 
