@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import lab
 from lab.cli import status_of
+
+if TYPE_CHECKING:
+    from lab.catalogue import Catalogue
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -45,6 +49,14 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_the_page_of_what_is_covered_names_every_fault_and_no_other(catalogue: Catalogue) -> None:
+    text = (DOCS / "coverage.md").read_text(encoding="utf-8")
+    table = text.partition("| family | mistake | fault |")[2].partition("\n\n")[0]
+    named = re.findall(r"`([a-z_]+\.[a-z_0-9]+)`", table)
+    assert sorted(named) == sorted(set(named)), "a fault stands there twice"
+    assert set(named) == set(catalogue.faults)
 
 
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
