@@ -65,7 +65,6 @@ def trained(run: Run, fault: Fault) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
 def flip(x: Tensor, element: int, bit: int) -> None:
     """Flip one bit of one element of a tensor in float32, counted modulo its size."""
     place = element % x.numel()
@@ -147,9 +146,8 @@ class ResetRows(Fault):
             raise BadInput(f"weights.reset_rows: no trainable table at {self.at!r}")
         self._table = tables[0]
 
-    @torch.no_grad()
     def lab_zero_grad(self, run: Run) -> None:
         if run.step.index == self.from_step:
-            rows = self._table[:: self.each]
+            rows = self._table.detach()[:: self.each]
             draw = torch.Generator(device=rows.device).manual_seed(run.seed)
             rows.copy_(torch.randn(rows.shape, generator=draw, device=rows.device) * self.std)

@@ -1,4 +1,4 @@
-"""The shipped scenarios end as expected, and the healthy ones have no symptom, on five seeds each."""
+"""The shipped scenarios end as expected, and the healthy ones have no symptom, on two seeds each."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ NOT_THERE = (
     "no training whose evaluation is known",
     "no layer's weights have moved far enough to tell",
 )
-# Health is asked on five seeds; of a fault, which takes a twin as well, one is enough here: `lab matrix` varies more.
-RUNS = [(name, seed) for name in NAMES for seed in range(5 if name.startswith("healthy") else 1)]
+# `lab matrix` varies more, and `lab prove` compares with the twin: here a fault is run once, and alone.
+RUNS = [(name, seed) for name in NAMES for seed in range(2 if name.startswith("healthy") else 1)]
 
 
 @pytest.mark.parametrize(("name", "seed"), RUNS)
 def test_a_scenario_ends_as_expected(tmp_path: Path, catalogue: Catalogue, name: str, seed: int) -> None:
     scenario = load_scenario(name)[1].model_copy(update={"seed": seed})
-    outcome = run_scenario(name, scenario, catalogue, tmp_path / "run", twin=seed == 0)
+    outcome = run_scenario(name, scenario, catalogue, tmp_path / "run", twin=False)
     assert outcome.differences == ()
     if not scenario.fault:
         assert outcome.diagnosis.verdict == "healthy"
