@@ -4,8 +4,9 @@
     python benchmarks/overhead.py --steps 40      # quicker, noisier
     python benchmarks/overhead.py --memory        # peak memory too, each kind in a process of its own
 
-Prints ratios, not times: the machine may be busy. `every step` compares the medians of steps without experiments;
-`with experiments` compares the sums over all steps; `with TensorBoard` adds the event files.
+Prints ratios, not times: the machine may be busy. `every step` compares steps without experiments in pairs; `with
+experiments` compares the sums over all steps; `all probes` has those too that `lab.watch` uses only if asked for; `with
+TensorBoard` adds the event files.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lab.manager import Manager, discover
 from lab.projects.backprop.component import clip_gradients, learning_rate
 from lab.projects.losses.component import cross_entropy
 from lab.runtime.engine import Engine
+from lab.runtime.schedule import make_scheduler
 from lab.scenario import DataSection, ModelSection, Scenario
 from lab.session import Session
 from lab.sites import sites_of
@@ -70,14 +72,17 @@ def bare(scenario: Scenario) -> Callable[[int], None]:
     return step
 
 
-def watched(scenario: Scenario, folder: Path, *, tools: tuple[str, ...] = ()) -> Callable[[int], bool]:
-    """Return a step of the lab's own runtime with every probe on; it tells whether experiments ran."""
+def watched(
+    scenario: Scenario, folder: Path, *, tools: tuple[str, ...] = (), every: bool = False
+) -> Callable[[int], bool]:
+    """Return a watched step, with the probes of `lab.watch` or with every one; it tells whether it was examined."""
     catalogue = discover()
+    probes = [probe for probe in catalogue.probes.values() if every or not probe.info.on_request]
     folder.mkdir(parents=True)
     run = Run(folder, Manager(), seed=scenario.seed, steps=scenario.steps, config=scenario)
     session = Session(run, catalogue)
     plugins = [catalogue.plugins[name]() for name in tools]
-    for plugin in (Engine(scenario, session), *plugins, *(probe() for probe in catalogue.probes.values())):
+    for plugin in (Engine(scenario, session), *plugins, *(probe() for probe in probes)):
         run.plugins.add(plugin)
     torch.manual_seed(run.seed)
     run.data = run.hook.lab_build_data(run=run)
@@ -85,6 +90,7 @@ def watched(scenario: Scenario, folder: Path, *, tools: tuple[str, ...] = ()) ->
     sites = sites_of(run.model)
     sites.output = "head.out"
     run.attach(run.model, run.hook.lab_build_optimizer(run=run), sites)
+    run.scheduler = make_scheduler(scenario, run.optimizer)
     session.start()
 
     def step(index: int) -> bool:
@@ -102,22 +108,25 @@ def compare(size: str, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         plain = bare(scenario_of(size, steps))
         seen = watched(scenario_of(size, steps), Path(folder) / "seen")
+        full = watched(scenario_of(size, steps), Path(folder) / "full", every=True)
         board = watched(scenario_of(size, steps), Path(folder) / "board", tools=("tensorboard",))
-        times: dict[str, list[float]] = {"bare": [], "watched": [], "board": []}
+        times: dict[str, list[float]] = {"bare": [], "watched": [], "full": [], "board": []}
         quiet = []
         for index in range(steps):
-            for name, call in (("bare", plain), ("watched", seen), ("board", board)):
+            for name, call in (("bare", plain), ("watched", seen), ("full", full), ("board", board)):
                 begun = time.perf_counter()
                 examined = call(index)
                 times[name].append(time.perf_counter() - begun)
                 if name == "watched" and not examined and index >= 3:
                     quiet.append(index)
-    pairs = [times["watched"][i] / times["bare"][i] for i in quiet]
+    each = {name: statistics.median(times[name][i] / times["bare"][i] for i in quiet) for name in ("watched", "full")}
     total = {name: sum(values[3:]) for name, values in times.items()}
     return {
         "bare step, ms": 1e3 * statistics.median(times["bare"]),
-        "every step": statistics.median(pairs),
+        "every step": each["watched"],
         "with experiments": total["watched"] / total["bare"],
+        "every step, all probes": each["full"],
+        "with experiments, all probes": total["full"] / total["bare"],
         "with TensorBoard": total["board"] / total["bare"],
     }
 
