@@ -53,7 +53,7 @@ def pairs_of(run: Run, fault: Fault) -> Any:
     "alignment.pairs_swapped",
     title="The chosen and the rejected answer are exchanged in the loss",
     cause="alignment.pairs_swapped",
-    moves="preference.margin",
+    moves="pairs.error",
     repair=PAIRS_SWAPPED.repair,
 )
 class PairsSwapped(Fault):

@@ -39,8 +39,9 @@ class Pairs(Probe):
     """Computes the loss of a batch again from what was logged: ``-log sigmoid`` of the margin (Rafailov et al., 2023).
 
     Records ``pairs.loss``, what was propagated backward; ``pairs.form``, what it would be by DPO (``dpo``) and with the
-    two answers exchanged (``swapped``); and on examined steps ``pairs.gap``, how far the scores of the ``policy`` and
-    of the ``reference`` are from sums (``sum``) and from means (``mean``) over the targets that count, relatively.
+    two answers exchanged (``swapped``); ``pairs.error``, how far it is from the first; and on examined steps
+    ``pairs.gap``, how far the scores of the ``policy`` and of the ``reference`` are from sums (``sum``) and from means
+    (``mean``) over the targets that count, relatively.
     """
 
     def lab_start(self) -> None:
@@ -59,6 +60,7 @@ class Pairs(Probe):
         forms = [torch.nn.functional.softplus(value).mean() for value in (-margin, margin)]
         step.record("pairs.loss", loss.double())
         step.record_all("pairs.form", ("dpo", "swapped"), torch.stack(forms))
+        step.record("pairs.error", (loss.double() - forms[0]).abs())
         if step.examined:
             rows = step.batch.rows(ROWS)
             policy, reference = (torch.stack(scores[i : i + 2], dim=1).flatten()[:ROWS] for i in (0, 2))

@@ -21,7 +21,7 @@ from lab.projects.losses.component import cross_entropy
 from lab.projects.pretraining.component import Tokenizer, capture, restore, save_checkpoint
 from lab.projects.residuals.component import Choices
 from lab.runtime.data import Source, Tokens, make_source
-from lab.runtime.schedule import make_scheduler
+from lab.runtime.schedule import advance, make_scheduler
 from lab.runtime.tasks import split_rows
 from lab.sites import sites_of
 
@@ -285,7 +285,7 @@ class Engine:
         """Step the schedule, which stands at the first step when it is made; answer the rate."""
         assert run.scheduler is not None
         if step.index:
-            run.scheduler.step()
+            advance(run.scheduler)
         return float(run.optimizer.param_groups[0]["lr"])
 
     def lab_update(self, run: Run) -> bool:
