@@ -29,6 +29,13 @@ DRAWN = 3
 @click.option("--project", default="", help="Of one project only.")
 @click.option("--fault", default="", help="Of one fault only, beside the healthy runs.")
 @click.option("--seeds", type=click.IntRange(0, 1000), default=1, show_default=True, help="Configurations a project.")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of the runs with a fault only this share, drawn at random, the same each time.",
+)
 @click.option("--healthy", type=click.IntRange(0, 100_000), default=0, help="So many more healthy runs.")
 @click.option("--pairs", type=click.IntRange(0, 10_000), default=0, help="So many pairs of faults, in one run each.")
 @click.option("--unknown", type=click.IntRange(0, 10_000), default=0, help="So many faults whose cause is taken away.")
@@ -42,6 +49,7 @@ def matrix(
     project: str,
     fault: str,
     seeds: int,
+    share: float,
     healthy: int,
     pairs: int,
     unknown: int,
@@ -64,11 +72,12 @@ def matrix(
         raise BadInput(f"--project {project}: no such project{nearest(project, known)}")
     if fault and fault not in catalogue.faults:
         raise BadInput(f"--fault {fault}: no such fault{nearest(fault, catalogue.faults)}")
-    from lab.matrix.cells import cells, healthy_cells, pair_cells, unknown_cells
+    from lab.matrix.cells import cells, drawn, healthy_cells, pair_cells, unknown_cells
     from lab.matrix.report import Unknown, pair_up, summarise
 
     which = "held-out" if held_out else "develop"
     sweep = [*cells(catalogue, which=which, seeds=seeds, project=project, fault=fault)] if seeds else []  # type: ignore[arg-type]
+    sweep = drawn(sweep, share)
     more = [cell for cell in healthy_cells(healthy, which) if cell not in sweep]  # type: ignore[arg-type]
     paired = [*pair_cells(catalogue, DRAWN * pairs, which)]  # type: ignore[arg-type]
     blind = [*unknown_cells(catalogue, unknown, which)]  # type: ignore[arg-type]

@@ -140,6 +140,14 @@ def cells(
                     yield Cell((name,), id, base, seed, which)
 
 
+def drawn(cells: Sequence[Cell], share: float) -> list[Cell]:
+    """Keep the healthy runs, and of the others a share, drawn at random and the same each time."""
+    broken = [cell for cell in cells if cell.faults]
+    draw = random.Random(f"share {len(broken)}")  # noqa: S311 - no secret
+    kept = set(draw.sample(broken, round(share * len(broken))))
+    return [cell for cell in cells if not cell.faults or cell in kept]
+
+
 def healthy_cells(count: int, which: Which = "develop") -> Iterator[Cell]:
     """Yield so many healthy runs, of all projects in turn."""
     turns = ((id, base, seed) for seed in _seeds(which, count) for id, base in _bases().items())

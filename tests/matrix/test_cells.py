@@ -15,6 +15,7 @@ from lab.matrix.cells import (
     aims,
     cells,
     configured,
+    drawn,
     healthy_cells,
     pair_cells,
     unknown_cells,
@@ -92,6 +93,16 @@ def test_healthy_runs_of_all_projects_differ(catalogue: Catalogue) -> None:
     assert {cell.project for cell in found} == {project.id for project in PROJECTS}
     models = {configured(cell).model for cell in found if cell.project == "attention"}
     assert len(models) == 3
+
+
+def test_a_share_is_the_same_each_time_and_keeps_the_healthy_runs(catalogue: Catalogue) -> None:
+    every = list(cells(catalogue))
+    some = drawn(every, 0.1)
+    assert some == drawn(every, 0.1)
+    assert [cell for cell in some if not cell.faults] == [cell for cell in every if not cell.faults]
+    broken = [cell for cell in every if cell.faults]
+    assert len([cell for cell in some if cell.faults]) == round(len(broken) / 10)
+    assert drawn(every, 1.0) == every
 
 
 def test_a_pair_comes_after_its_two_faults_and_a_cause_that_is_taken_away_is_that_of_the_fault(
