@@ -15,7 +15,6 @@ DETACHED = Cause(
     id="loop.detached",
     title="The graph is cut: nothing before a place in the model gets a gradient",
     must=("backward.cut",),
-    may=("path.unheard",),
     module=True,
     repair="Pass the tensor itself on. These cut it off: .detach(), .data, .item(), .numpy(), torch.tensor(x). To "
     "freeze a part on purpose set requires_grad=False for its parameters, and leave them out of the optimiser.",

@@ -26,7 +26,6 @@ NORM_UNUSED = Cause(
     id="norm.unused",
     title="A branch reads the stream beside its norm",
     must=("path.unheard",),
-    cannot=("backward.cut",),  # then it is heard, and the graph is cut after it
     repair="Give the branch what the norm returns: x = x + branch(norm(x)). A call whose result is not assigned, or "
     "is assigned to a name that is not read, changes nothing: norms do not work in place.",
     refute="The gain of the norm named has a gradient.",

@@ -31,7 +31,6 @@ LEAKED = Cause(
     title="A request sees the keys and values of the one before it",
     must=("requests.leaked",),
     may=("generation.cached", "generation.cached_module"),
-    locate=("generation.cached_module",),
     place="cache",
     repair="Make a cache for each request, past_key_values=None or a new DynamicCache; or reset one that is kept "
     "(StaticCache.reset()), its length and its mask with it, before the prompt passes.",

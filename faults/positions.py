@@ -31,7 +31,7 @@ TRUNCATED = Cause(
     id="positions.truncated",
     title="Late positions share one vector",
     must=("positions.late",),
-    may=("generation.*",),
+    may=("generation.*", "positions.uneven"),
     module=True,
     repair="Make the table as long as the longest sequence, and refuse a longer one rather than clamping its indices.",
     refute="The last two positions have different vectors.",
@@ -43,7 +43,7 @@ OFF_BY_ONE = Cause(
     id="positions.off_by_one",
     title="The first two positions share one vector",
     must=("positions.early",),
-    may=("generation.*",),  # with a cache, a clamp at 0 acts on each new position
+    may=("generation.*", "positions.uneven"),  # with a cache, a clamp at 0 acts on each new position
     module=True,
     repair="Count from 0 without clamping: torch.arange(T), or (mask.cumsum(-1) - 1) where padding stands on the left.",
     refute="Position 0 and position 1 have different vectors.",
@@ -55,7 +55,7 @@ ANGLES_HALF = Cause(
     id="positions.angles_half",
     title="The angles of a table of sines are computed in half precision",
     must=("positions.uneven",),
-    may=("positions.late",),  # far from the beginning, neighbours are rounded to one position
+    cannot=("positions.early", "positions.late"),  # what is repeated is uneven too
     module=True,
     repair="Compute positions, rates and their product in float32, torch.arange(T, dtype=torch.float32), whatever "
     "torch.set_default_dtype says; take sines and cosines, and cast those.",

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Self
 
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ NORM = re.compile(r"norm", re.IGNORECASE)
 NORMED = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
 ROWS = 2
 LOOKS = 3
+CUT = 1e-4  # of the largest output: so much a parameter without a gradient has to change it
 APART = 1e-3
 ROUNDING = 1e-6
 
@@ -203,9 +205,12 @@ def path_skipped(history: History) -> Iterator[Symptom]:
 def path_unheard(history: History) -> Iterator[Symptom]:
     """A norm that is called, and on whose output nothing depends: not the model's, nor, without a gradient, the loss.
 
-    In evaluation, where no branch is left out at random.
+    In evaluation, where no branch is left out at random. Where the graph is cut, what is before the cut may be heard,
+    and leaves no derivative.
     """
     _enough(history, "path.unheard")
+    if any(np.any(series.finite.values > CUT) for _, series in history.each("backward.cut")):
+        raise NotChecked("the graph is cut: what the output depends on cannot be told by derivatives")
     for name in history.sites("path.unheard"):
         if (step := _since(history, "path.unheard", name)) is not None:
             text = f"{name} is called, and nothing depends on what it gives out, from step {step}"

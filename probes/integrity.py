@@ -89,8 +89,8 @@ class Integrity(Probe):
         count, first = changed.sum(), changed.int().argmax()
         step.record(f"{of}changed", count)
         # The bits of a number that was 0 and was set to 2, or to minus infinity, differ by a power of two as well.
-        alone = (count == 1) & (kept.entries[first] != 0)
-        by = difference[first].long().abs()
+        alone = (count == 1) & (kept.entries.take(first) != 0)
+        by = difference.take(first).long().abs()
         power = by.clamp_min(1).double().log2().round().long()
         exact = alone & (by == torch.ones_like(by).bitwise_left_shift(power))
         step.record(f"{of}bit", torch.where(exact, power, -1))

@@ -25,7 +25,7 @@ class When(lab.Plugin):
 def test_a_healthy_run_is_examined_more_and_more_seldom(small_run: SmallRun) -> None:
     when = When()
     small_run(when, probes=False, steps=140, data={"source": "markov", "batch": 2})
-    assert when.steps == [0, 10, 20, 30, 40, 50, 60, 72, 86, 103, 123]
+    assert when.steps == [0, 10, 20, 30, 40, 50, 60, 72, 86, 103, 123, 139]
 
 
 def test_a_suspicion_calls_for_a_look_at_the_next_step_and_is_told_after_three(small_run: SmallRun) -> None:

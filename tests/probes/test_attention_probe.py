@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from judging import told
 
 from lab.errors import NotChecked
 from lab.store import History, Row
@@ -108,7 +109,7 @@ def test_columns_are_asked_of_only_where_rows_are_wrong() -> None:
 
 def test_values_may_start_from_weights_of_0() -> None:
     name = ("attention.head_output", "x")
-    assert not [*probes.attention_head_silent.judge(history({name: 0.0}))]
+    assert not told(probes.attention_head_silent.judge(history({name: 0.0})))
     assert not [*probes.attention_head_silent.judge(history({name: 0.0}, {name: 0.0}, {name: 0.1}))]
     assert [*probes.attention_head_silent.judge(history({name: 0.0}, {name: 0.0}, {name: 0.0}))]
 

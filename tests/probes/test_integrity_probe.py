@@ -156,7 +156,7 @@ def watched(folder: Path, change: Callable[[nn.Sequential, int], None], kind: An
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 5))
     optimizer = kind(model.parameters(), lr=1e-2)
-    with lab.watch(model, optimizer, out=folder) as watch:
+    with lab.watch(model, optimizer, out=folder, probes=["integrity", "loss"]) as watch:
         for step in range(24):
             change(model, step)
             x = torch.randn(32, 6)

@@ -49,7 +49,7 @@ def trained(folder: Path, keep: Callable[[Tensor, Tensor], object], dims: int = 
     model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with lab.watch(model, optimizer, out=folder) as watching:
-        for _ in range(20):
+        for _ in range(26):
             tokens = torch.randint(16, (4, 6) if dims == 3 else (4,))
             logits = model(tokens)
             loss = F.cross_entropy(logits.reshape(-1, 16), tokens.reshape(-1))

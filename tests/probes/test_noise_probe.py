@@ -69,7 +69,8 @@ def test_what_is_random_where(tmp_path: Path, draws: str, expected: list[str]) -
             (model(x) * x).mean().backward()
             optimizer.step()
     found = [(c.id, c.at) for c in watching.diagnosis.causes if c.id in {"evaluation.random", "residual.noisy"}]
-    assert found == [(id, "layers.1" if draws == "stream" else "model") for id in expected]
+    places = {"stream": "layers.1", "dropout": "layers.1.out", "head": "out"}
+    assert found == [(id, places[draws]) for id in expected]
 
 
 @pytest.mark.parametrize("start", [0, 7])

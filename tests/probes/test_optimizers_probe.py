@@ -68,7 +68,7 @@ def test_healthy_runs_are_silent(small_run: SmallRun, changes: dict[str, Any]) -
     assert named(diagnosis) == []
     rules = {"optimizer.stale", "optimizer.forgot", "optimizer.betas", "optimizer.rate_zero"}
     assert rules <= set(diagnosis.checked)
-    assert history.last("optimizer.count") == 11  # at step 10
+    assert history.last("optimizer.count") == 12
 
 
 class Masters(torch.optim.SGD):

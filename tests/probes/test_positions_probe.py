@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from judging import told
 
 from lab.projects.positions import component as positions
 from lab.store import History, Row
@@ -68,7 +69,7 @@ def test_a_table_may_start_from_zeros() -> None:
         [probes.positions_same, probes.positions_early, probes.positions_late],
     )
     for steps in ([zeros], [zeros, zeros], [zeros, learned], [zeros, zeros, learned]):
-        assert not [symptom for rule in rules for symptom in rule.judge(history(*steps))]
+        assert not [symptom for rule in rules for symptom in told(rule.judge(history(*steps)))]
     assert [s.at for s in probes.positions_same.judge(history(zeros, zeros, zeros))] == ["positions.out"]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from judging import told
 from torch import nn
 from torch.nn import functional as F
 
@@ -127,7 +128,7 @@ def looks(metric: str, *values: float) -> History:
     ],
 )
 def test_what_rules_ask(rule: str, metric: str, values: tuple[float, ...], found: bool) -> None:
-    assert bool([*getattr(probes, rule).judge(looks(metric, *values))]) is found
+    assert bool(told(getattr(probes, rule).judge(looks(metric, *values)))) is found
 
 
 def test_a_share_and_a_growth() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from attach_loops import train
+from judging import told
 
 import lab
 from lab.context import Step
@@ -216,8 +217,8 @@ def test_coarse_queries_make_coarse_scores() -> None:
 
 def test_heads_that_begin_alike_may_part() -> None:
     site, tied, parted = "a.scores", {"scores.tied": 1.0}, {"scores.tied": 0.0}
-    assert not [*probes.scores_tied.judge(history(site, tied, tied))]
-    assert not [*probes.scores_tied.judge(history(site, tied, tied, parted))]
+    assert not told(probes.scores_tied.judge(history(site, tied, tied)))
+    assert not told(probes.scores_tied.judge(history(site, tied, tied, parted)))
     assert [found.seen for found in probes.scores_tied.judge(history(site, tied, tied, tied))] == [1.0]
 
 

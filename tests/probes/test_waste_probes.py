@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from judging import told
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -184,4 +185,6 @@ def history_of(metric: str, values: list[float], **others: float) -> History:
     ],
 )
 def test_a_history_made_by_hand(catalogue: Catalogue, rule: str, history: History, since: int | None) -> None:
-    assert [symptom.since for symptom in catalogue.rules[rule].judge(history)] == ([] if since is None else [since])
+    assert [symptom.since for symptom in told(catalogue.rules[rule].judge(history))] == (
+        [] if since is None else [since]
+    )
