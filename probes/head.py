@@ -32,7 +32,7 @@ class Head(Probe):
         self._handles: list[Any] = []
         for name, module in run.model.named_modules():
             linear = isinstance(module, torch.nn.Linear) or f"{name}.out" == run.sites.output
-            weight = getattr(module, "weight", None)
+            weight = dict(module.named_parameters(recurse=False)).get("weight")  # of its own: not an adapter's
             if linear and torch.is_tensor(weight) and weight.dim() == 2:
                 self._handles.append(module.register_forward_pre_hook(self._note(name)))
                 run.cleanup.callback(self._handles[-1].remove)

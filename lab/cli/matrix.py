@@ -64,7 +64,7 @@ def matrix(
     Rows are kept as they come: a matrix that was stopped goes on where it was when it is called again. `--healthy`,
     `--pairs` and `--unknown` come on top; with `--seeds 0` they are all there is.
 
-    Exit status: 0 when every fault was found and no healthy run was called faulty, 1 when not.
+    Exit status: 0 when every fault was found and every healthy run was called healthy, 1 when not.
     """
     catalogue = load_catalogue(plugins)
     known = [each.id for each in PROJECTS]
@@ -96,7 +96,7 @@ def matrix(
         _print(summary, console)
         _print_more(both, nameless, console)
     found = all(row["detected"] for row in summary.broken)
-    return 0 if found and not summary.false_alarms else 1
+    return 0 if found and not summary.false_alarms and not summary.inconclusive else 1
 
 
 def _run(wanted: Sequence[Cell], out: Path, jobs: int, plugins: tuple[str, ...]) -> dict[str, Row]:
@@ -137,10 +137,14 @@ def _print(summary: Summary, console: Console) -> None:
             highlight=False,
         )
     if summary.healthy:
-        console.print(f"{told['healthy_runs']} healthy runs, {told['false_alarms']} false alarms", highlight=False)
+        called = f"{told['false_alarms']} false alarms, {told['inconclusive']} inconclusive"
+        console.print(f"{told['healthy_runs']} healthy runs, {called}", highlight=False)
     console.print(f"{told['seconds']:.0f} s of work", highlight=False)
     for row in summary.false_alarms:
         console.print(f"[red]false alarm[/] {row['key']}: {', '.join(row['symptoms'])}", highlight=False)
+    for row in summary.inconclusive:
+        raised = [f"{name}: {why}" for name, why in row["not_checked"].items() if "raised" in why or "set aside" in why]
+        console.print(f"[red]inconclusive[/] {row['key']}: {'; '.join(raised)}", highlight=False)
     for row in summary.broken:
         if row.get("error"):
             console.print(f"[red]failed[/] {row['key']}: {row['error']}", highlight=False)

@@ -71,6 +71,11 @@ class Summary:
         """The healthy runs in which something was found."""
         return [row for row in self.healthy if row["detected"]]
 
+    @property
+    def inconclusive(self) -> list[Row]:
+        """The healthy runs that were not called healthy either: a probe or a rule raised."""
+        return [row for row in self.healthy if row["verdict"] == "inconclusive"]
+
     def to_dict(self) -> dict[str, Any]:
         """Give this as JSON types: the object that ``lab matrix --json`` prints."""
         broken = self.broken
@@ -88,6 +93,7 @@ class Summary:
             "delay_late": self.delay(late=True),
             "healthy_runs": len(self.healthy),
             "false_alarms": len(self.false_alarms),
+            "inconclusive": len(self.inconclusive),
             "not_checked": dict(unchecked.most_common()),
             "seconds": round(self.seconds, 1),
             "rows": [{name: row[name] for name in names} for row in (*broken, *self.healthy)],

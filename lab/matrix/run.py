@@ -189,7 +189,16 @@ def _run(cell: Cell, used: Sequence[Aim], catalogue: Catalogue, like: Cell | Non
 
 def _nothing() -> Row:
     found: Row = {"detected": False, "named": False, "located": None, "delay": None, "at": "", "causes": []}
-    return {**found, "symptoms": [], "checked": [], "not_checked": {}, "finite": True, "late": False, "score": 0.0}
+    return {
+        **found,
+        "symptoms": [],
+        "checked": [],
+        "not_checked": {},
+        "finite": True,
+        "verdict": "inconclusive",
+        "late": False,
+        "score": 0.0,
+    }
 
 
 def judged(diagnosis: Diagnosis, used: Sequence[Aim], found_at: int | None) -> Row:
@@ -203,6 +212,7 @@ def judged(diagnosis: Diagnosis, used: Sequence[Aim], found_at: int | None) -> R
     row: Row = {
         **_nothing(),
         "detected": diagnosis.verdict == "faulty",
+        "verdict": diagnosis.verdict,
         "at": first.at if first else "",
         "causes": [cause.id for cause in diagnosis.causes],
         "score": first.score if first else 0.0,

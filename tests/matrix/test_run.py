@@ -38,6 +38,7 @@ def row(fault: str, **changes: Any) -> dict[str, Any]:
         "finite": True,
         "late": False,
         "score": 1.0,
+        "verdict": "faulty" if fault else "healthy",
     }
     return {**made, **changes}
 
@@ -51,18 +52,20 @@ def test_counts() -> None:
             row("y", detected=False, named=False, delay=None, symptoms=[], not_checked={"r": "why"}),
             row("z", applies=False),
             row(""),
-            row("", detected=True, symptoms=["a"]),
+            row("", detected=True, symptoms=["a"], verdict="faulty"),
+            row("", verdict="inconclusive"),
         ]
     )
     told = summary.to_dict()
     expected = {"faults": 2, "runs": 4, "detected": 3, "named": 2, "located": 1, "with_a_place": 2}
     assert {key: told[key] for key in expected} == expected
-    assert (told["healthy_runs"], told["false_alarms"], told["not_checked"]) == (2, 1, {"r": 1})
+    assert (told["healthy_runs"], told["false_alarms"], told["not_checked"]) == (3, 1, {"r": 1})
+    assert told["inconclusive"] == 1
     assert (told["delay_from_the_start"], told["delay_late"]) == (2, 2)
     first, second = summary.lines
     assert (first.fault, first.delay, first.placed, first.only) == ("x", 2, (1, 2), ["a"])
     assert (second.delay, second.only) == (None, [])
-    assert len(told["rows"]) == 6
+    assert len(told["rows"]) == 7
 
 
 def test_a_slice_is_found_named_and_placed_and_goes_on_where_it_was(tmp_path: Path, catalogue: Catalogue) -> None:
