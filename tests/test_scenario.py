@@ -47,6 +47,7 @@ WHOLE: dict[str, Any] = {
         "norm": "rms",
         "norm_at": "pre",
         "activation": "swiglu",
+        "dropout": 0.1,
     },
     "data": {
         "source": "markov",
