@@ -8,6 +8,8 @@ from annotated_types import Gt, Lt
 
 from lab import BadInput, Cause, Fault, fault, torch
 
+from .loss import cross_entropy_of
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -42,16 +44,6 @@ DIVISION_BY_ZERO = Cause(
     look="Each division in the loss, on the batch of that step: a row, a class or a part that has nothing to count.",
     source="PyTorch documentation: CrossEntropyLoss, ignore_index; pytorch/pytorch#75181",
 )
-
-
-def cross_entropy_of(run: Run, fault: Fault) -> None:
-    """Refuse training whose loss is no cross-entropy, or that the lab did not write.
-
-    Raises:
-        BadInput: It is such a training.
-    """
-    if run.config is None or run.config.train.objective == "dpo":
-        raise BadInput(f"{fault.info.id}: needs the lab's own training with a cross-entropy")
 
 
 @fault(
