@@ -312,6 +312,11 @@ class Catalogue:
         """Return the ids of the probes in the module of a rule: when they cannot measure, it cannot judge."""
         return self._home.get(rule.judge.__module__, [])
 
+    def measuring(self, metric: str) -> list[str] | None:
+        """Return the ids of the probes beside the rules that read a metric; None, for all, where no rule does."""
+        found = {probe for rule in self.rules.values() if metric in rule.reads for probe in self.beside(rule)}
+        return sorted(found) or None
+
     def _add_class(self, cls: type[Any], where: str) -> int:
         info = cls.info
         if isinstance(info, FaultInfo):

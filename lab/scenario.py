@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from lab.catalogue import naming, parameters
 from lab.errors import BadInput, nearest, shown
 from lab.projects import PROJECTS
-from lab.shelf import find_scenarios
+from lab.shelf import scenario_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -207,10 +207,10 @@ def load_scenario(name: str) -> tuple[str, Scenario]:
     path = Path(name)
     if name.endswith(".toml") or path.is_file():
         return path.stem, read_scenario(path)
-    known = find_scenarios()
+    known = scenario_files()
     if name not in known:
         raise BadInput(f"no scenario {name!r}{nearest(name, known)}; a path to a .toml file works as well")
-    return name, read_scenario(known[name].path)
+    return name, read_scenario(known[name])
 
 
 def read_scenario(path: Path) -> Scenario:
