@@ -204,6 +204,7 @@ def probe(cls: type[Probe], known: Catalogue) -> str:
     checks = [r.id for r in known.rules.values() if info.id in known.beside(r)]
     # What cadence an examination has is up to the session, and so says nothing here.
     every = f"the first three steps, then every {info.every}th" if info.every > 1 else ""
+    every = "the first three steps, and some of those that are examined" if info.every == 0 else every
     return section(
         info.id,
         f"{info.title.removesuffix('.')}{'' if info.title.endswith('?') else '.'}",

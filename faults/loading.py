@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Gt
@@ -9,7 +10,7 @@ from annotated_types import Gt
 from lab import BadInput, Cause, Fault, fault, torch
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Iterator
 
     from torch import nn
 
@@ -58,6 +59,17 @@ UNTIED = Cause(
 OTHER = 10**6  # added to a seed
 
 
+@contextlib.contextmanager
+def _loading_by(load: Callable[..., Any]) -> Iterator[None]:
+    """Every module loads its weights by another function while in the block."""
+    plain = torch.nn.Module.load_state_dict
+    torch.nn.Module.load_state_dict = load  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.load_state_dict = plain  # type: ignore[method-assign]
+
+
 @fault(
     "init.not_loaded",
     title="Some weights of a checkpoint have another prefix, and are not loaded",
@@ -83,11 +95,8 @@ class NotLoaded(Fault):
                 raise BadInput(f"init.not_loaded: no weight at {self.at!r}")
             return plain(module, renamed, strict=False)
 
-        torch.nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
-        try:
+        with _loading_by(load):
             return (yield)
-        finally:
-            torch.nn.Module.load_state_dict = plain  # type: ignore[method-assign]
 
 
 @fault(
@@ -119,11 +128,8 @@ class AfterLoading(Fault):
                         p.copy_(torch.randn(p.shape, generator=draw) * self.std)
             return answer
 
-        torch.nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
-        try:
+        with _loading_by(load):
             return (yield)
-        finally:
-            torch.nn.Module.load_state_dict = plain  # type: ignore[method-assign]
 
 
 @fault(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
@@ -156,8 +157,13 @@ class Probe(Plugin):
     every: int = 1
 
     def due(self, step: Step) -> bool:
-        """Whether this step is one to measure: the first three, then each `every`-th, and those that are examined."""
-        return step.index < 3 or step.index % self.every == 0 or step.examined
+        """Whether this step is one to measure: the first three, each `every`-th, and those that are examined.
+
+        One that is made seldom, of these last, only in those in which all experiments are made.
+        """
+        if step.index < 3 or (self.every and step.index % self.every == 0):
+            return True
+        return step.thorough if self.info.seldom else step.examined
 
     def read(self, run: Run, pattern: str, see: Callable[[Site, Tensor], None], *, grad: bool = False) -> list[Site]:
         """Call ``see(site, value)`` for every matching site on steps that are due; return those sites.
@@ -166,6 +172,11 @@ class Probe(Plugin):
         """
         guarded = run.plugins.guard(self, see)
         return run.sites.read(pattern, guarded, lambda: self.due(run.step), grad=grad)
+
+    @staticmethod
+    def is_finite(number: Tensor) -> bool | None:
+        """Whether a tensor [] is finite; None where it is not in the host's own memory, and would be waited for."""
+        return math.isfinite(float(number.detach().float().numpy())) if number.device.type == "cpu" else None
 
 
 @dataclass_transform(kw_only_default=True)
@@ -203,11 +214,11 @@ def probe(
     Args:
         id: Short, the subject of what it measures.
         title: What it measures, in one short sentence.
-        every: The cadence in steps.
+        every: The cadence in steps; 0 leaves the steps that are examined, and the first three.
         cost: What a measured step costs, in words.
         examines: Whether it experiments on the model, in the sandbox of `lab_examine`.
-        seldom: Whether its experiment costs as much as a good part of a training step, so that it is not made at each
-            examined step: at the first three and the last, where something is suspected, and now and then between.
+        seldom: Whether it costs as much as a good part of a training step, so that it does not measure in each step
+            that is examined: in the first two and the last, where something is suspected, and now and then between.
         on_request: Whether what it costs in each step is too much for training of one's own, unless asked for. A
             scenario has all probes.
     """

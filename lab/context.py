@@ -245,18 +245,21 @@ class Run:
 def first_tensor(answer: Any) -> Tensor:
     """Return the floating-point tensor that a module's answer is about: itself, its ``logits``, or the first inside.
 
+    A single number is returned only where there is nothing else: a model may give its loss beside its output.
+
     Raises:
         TypeError: There is none.
     """
     if isinstance(answer, Tensor) and answer.is_floating_point():
         return answer
-    named = getattr(answer, "logits", None)
+    named = answer.get("logits") if isinstance(answer, dict) else getattr(answer, "logits", None)
     if isinstance(named, Tensor):
         return named
-    if isinstance(answer, dict):
-        answer = list(answer.values())
-    if isinstance(answer, (tuple, list)):
-        for part in answer:
-            with contextlib.suppress(TypeError):
-                return first_tensor(part)
-    raise TypeError(f"no floating-point tensor in a {type(answer).__name__}")
+    parts = list(answer.values()) if isinstance(answer, dict) else answer
+    found = []
+    for part in parts if isinstance(parts, (tuple, list)) else ():
+        with contextlib.suppress(TypeError):
+            found.append(first_tensor(part))
+    if not found:
+        raise TypeError(f"no floating-point tensor in a {type(answer).__name__}")
+    return next((value for value in found if value.dim()), found[0])  # a number beside others is a loss

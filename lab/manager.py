@@ -173,6 +173,7 @@ class Manager(pluggy.PluginManager):
         reasons: The same, in one line.
         tools: Those of them that are links to other tools: nothing that is checked depends on them.
         declined: Id of each examination that said it cannot judge here, and why.
+        absent: Those of them that said so when the run started: nothing more is asked of them.
     """
 
     def __init__(self) -> None:
@@ -182,6 +183,7 @@ class Manager(pluggy.PluginManager):
         self.reasons: dict[str, str] = {}
         self.tools: set[str] = set()
         self.declined: dict[str, str] = {}
+        self.absent: set[str] = set()
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         """Take any method named ``lab_...`` for a hook, ordered by what the plugin is."""
@@ -263,16 +265,18 @@ class Manager(pluggy.PluginManager):
     def _set_aside_on_error(self, plugin: Plugin, function: Callable[..., Any]) -> Callable[..., Any]:
         name = plugin_id(plugin)
         declines = False  # this hook; a plugin's other hooks say nothing of whether it can judge
+        starts = function.__name__ == "lab_start"
 
         def listen(*args: Any) -> Any:
             nonlocal declines
-            if name in self.set_aside:
+            if self._is_out(name):
                 return None
             try:
                 answer = function(*args)
             except NotChecked as reason:
                 self.declined[name] = str(reason)
                 declines = True
+                self.absent |= {name} if starts else set()
                 return None
             except Exception as error:  # noqa: BLE001 - a stranger's probe may raise anything
                 self.put_aside(plugin, error)
@@ -283,7 +287,7 @@ class Manager(pluggy.PluginManager):
             return None if isinstance(plugin, Probe) else answer  # a probe changes nothing
 
         def wrap(*args: Any) -> Generator[Any, Any, Any]:
-            inside = None if name in self.set_aside else self._opened(plugin, function(*args))
+            inside = None if self._is_out(name) else self._opened(plugin, function(*args))
             try:
                 answer = yield
             except BaseException as error:
@@ -295,6 +299,9 @@ class Manager(pluggy.PluginManager):
             return answer  # whatever a watcher answers, the run keeps its own
 
         return wrap if inspect.isgeneratorfunction(function) else listen
+
+    def _is_out(self, name: str) -> bool:
+        return name in self.set_aside or name in self.absent
 
     def _opened(self, plugin: Plugin, inside: Generator[Any, Any, Any]) -> Generator[Any, Any, Any] | None:
         """Run a watching wrapper up to its yield; None when it raised and was set aside."""

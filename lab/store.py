@@ -130,6 +130,7 @@ class History:
     last_step: int = -1
     _layouts: dict[Columns, _Layout] = field(default_factory=dict)
     _where: dict[str, dict[str, list[tuple[_Layout, int]]]] = field(default_factory=dict)
+    _made: dict[tuple[str, str], Series] = field(default_factory=dict)  # what rules asked for, since the newest row
 
     def add(self, step: int, row: Row) -> None:
         """Add the metrics of a step."""
@@ -139,6 +140,7 @@ class History:
             for position, (metric, site) in enumerate(row.columns):
                 self._where.setdefault(metric, {}).setdefault(site, []).append((layout, position))
         layout.add(step, row.values)
+        self._made.clear()
         self.last_step = max(self.last_step, step)
 
     @property
@@ -152,6 +154,12 @@ class History:
 
     def series(self, metric: str, site: str = "") -> Series:
         """Return one metric at one site, by step; empty when it was never recorded."""
+        made = self._made.get((metric, site))
+        if made is None:
+            made = self._made[metric, site] = self._joined(metric, site)
+        return made
+
+    def _joined(self, metric: str, site: str) -> Series:
         parts = [layout.column(position) for layout, position in self._where.get(metric, {}).get(site, ())]
         if len(parts) == 1:
             return parts[0]

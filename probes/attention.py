@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @probe(
     "attention",
     title="Entropy, row sums and mass on the future of each attention pattern",
-    every=10,
+    every=0,
     cost="one layer's scores for one row of the batch, computed aside",
 )
 class Attention(Probe):
@@ -109,8 +109,9 @@ def attention_partial(history: History) -> Iterator[Symptom]:
 @probe(
     "heads",
     title="Are the scores q k^T / sqrt(D), and which keys are hidden?",
-    every=10,
+    every=0,
     cost="one layer's scores for one row of the batch, computed a second time",
+    seldom=True,
 )
 class Heads(Probe):
     """Computes from queries, keys and values what the scores and the pattern should be, for one row of the batch.

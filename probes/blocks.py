@@ -59,6 +59,7 @@ class Blocks(Probe):
         run.model.eval()
         with torch.enable_grad(), calls:
             answer = run.call(step.batch.rows(ROWS))
+            unheard = self._unheard(answer, calls.norms) if self._graded[0] == step.index else {}
         if calls.apart:
             sites = tuple(calls.apart)
             given, out = (torch.stack(values) for values in zip(*calls.apart.values(), strict=True))
@@ -68,7 +69,8 @@ class Blocks(Probe):
         if self._graded[0] == step.index and self._graded[1]:
             for names in self._lists:
                 self._skipped(run, step, names, calls.called)
-            self._unheard(step, answer, calls.norms)
+            for name, alone in unheard.items():
+                step.record("path.unheard", float(alone), name)
 
     def _skipped(self, run: Run, step: Step, names: list[str], called: set[str]) -> None:
         graded = self._graded[1]
@@ -85,14 +87,14 @@ class Blocks(Probe):
             # Where most of a list rest, it may be meant: a choice of one of several.
             step.record("path.skipped", float(name in idle and len(used) >= len(idle)), name)
 
-    def _unheard(self, step: Step, answer: Tensor, norms: dict[str, Tensor]) -> None:
+    def _unheard(self, answer: Tensor, norms: dict[str, Tensor]) -> dict[str, bool]:
+        """Whether the answer depends on a norm neither here nor in training. The graph may be made again on the way."""
         if not norms or not answer.requires_grad:
-            return
+            return {}
         ways = torch.cos(torch.arange(answer.numel(), device=answer.device)).view(answer.shape)
         grads = torch.autograd.grad((answer * ways).sum(), list(norms.values()), allow_unused=True)
-        for name, grad in zip(norms, grads, strict=True):
-            trains = any(key.startswith(f"{name}.") for key in self._graded[1])
-            step.record("path.unheard", float(grad is None and not trains), name)
+        trains = {name: any(key.startswith(f"{name}.") for key in self._graded[1]) for name in norms}
+        return {name: grad is None and not trains[name] for name, grad in zip(norms, grads, strict=True)}
 
 
 def lists_of_blocks(model: nn.Module) -> Iterator[list[str]]:
@@ -136,10 +138,13 @@ class _Calls:
         def hook(module: nn.Module, _args: object, output: object) -> Tensor | None:
             self.called.add(name)
             # Without a graph, as in a block that is checkpointed the older way, it cannot be told what is used.
-            if not NORMED.search(type(module).__name__) or not torch.is_grad_enabled() or name in self.norms:
+            if not NORMED.search(type(module).__name__) or not torch.is_grad_enabled():
                 return None
             if not torch.is_tensor(output) or not output.is_floating_point():
                 return None
+            if name in self.norms:  # called again, as on the way back through what is checkpointed
+                known = self.norms[name]
+                return output + known if known.shape == output.shape else None
             # Added, not put in its place: what came before has to reach the output through norms on the stream.
             self.norms[name] = nothing = torch.zeros_like(output, requires_grad=True)
             return output + nothing
@@ -154,7 +159,7 @@ def _compare(apart: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[...
             return
         for x in (*args, *kwargs.values()):
             if torch.is_tensor(x) and x.shape == out.shape and x.is_floating_point():
-                apart[name] = _apart(x), _apart(out)
+                apart[name] = _apart(x.detach()), _apart(out.detach())
                 return
 
     return hook

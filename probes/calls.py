@@ -38,7 +38,7 @@ class _Call:
         self.wanted = True
 
 
-@probe("calls", title="Does a batch pass the model again, for nothing?", every=10, cost="a sum over the logits")
+@probe("calls", title="Does a batch pass the model again, for nothing?", every=0, cost="a sum over the logits")
 class Calls(Probe):
     """Listens to what the model gives out while it builds a graph.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # In exact arithmetic it is 0, and masked weights are exact zeros: only rounding is allowed for.
 ROUNDING = 1e-6
 ROWS = 4
+ALL = 0.99  # of the targets
 
 
 @probe(
@@ -29,9 +30,11 @@ class Causality(Probe):
     """Differentiates the output at one position, another in each row, by the inputs at every position.
 
     Records ``causality.next_token`` (the share of targets that are the token after: whether the model is meant to be
-    causal at all), ``causality.future`` (the share of the gradient that lies on later positions, for the whole model).
-    When that is not 0, the next experiment asks each module alone: ``causality.module_future``, and
-    ``causality.module_past``, the share on earlier positions.
+    causal at all), ``causality.along_rows`` and ``causality.time_first`` (that along the second axis and along the
+    first: where it is the first, the next experiment takes that for time), ``causality.future`` (the share of the
+    gradient that lies on later positions, for the whole model; NaN where it is not meant to be causal). When that is
+    not 0, the next experiment asks each module alone: ``causality.module_future``, and ``causality.module_past``, the
+    share on earlier positions.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -44,20 +47,29 @@ class Causality(Probe):
             raise NotChecked("the model is not called with tokens [B T]")
         if batch.targets is None or batch.targets.numel() != inputs.numel():
             raise NotChecked("the targets are not known, or are not one for each token")
-        if inputs.shape[1] < 4:
-            raise NotChecked(f"{inputs.shape[1]} positions are too few")
-        step.record("causality.next_token", _shifted(inputs, batch.targets.view_as(inputs)))
-        length = inputs.shape[1]
-        rows = batch.rows(ROWS if length != ROWS else ROWS - 1)
-        assert rows.inputs is not None
-        if len(rows.inputs) == length:
+        targets, history = batch.targets.view_as(inputs), run.history
+        time_first = history.last("causality.time_first") > ALL >= history.last("causality.along_rows")
+        count, length = inputs.T.shape if time_first else inputs.shape
+        if length < 4:
+            raise NotChecked(f"{length} positions are too few")
+        along = _shifted(inputs, targets), _shifted(inputs.T, targets.T)
+        step.record("causality.along_rows", along[0])
+        step.record("causality.time_first", along[1])
+        step.record("causality.next_token", along[int(time_first)])
+        if not time_first:
+            batch = batch.rows(ROWS if length != ROWS else ROWS - 1)
+            assert batch.inputs is not None
+            count = len(batch.inputs)
+        if count == length:
             raise NotChecked(f"{length} rows of {length} positions: which axis is which cannot be told")
-        suspect = run.history.last("causality.future") > ROUNDING
-        self._differentiate(run, step, rows, length, everywhere=suspect)
+        suspect = history.last("causality.future") > ROUNDING
+        self._differentiate(run, step, batch, (count, length), along[int(time_first)], everywhere=suspect)
 
-    def _differentiate(self, run: Run, step: Step, batch: Batch, length: int, *, everywhere: bool) -> None:
+    def _differentiate(
+        self, run: Run, step: Step, batch: Batch, shape: tuple[int, int], asked: Tensor, *, everywhere: bool
+    ) -> None:
         assert batch.inputs is not None
-        rows = len(batch.inputs)
+        rows, length = shape
         # Another position in each row, and others in the next experiment.
         places = (torch.arange(rows, device=batch.inputs.device) * length // rows + step.index) % (
             length - 2
@@ -70,7 +82,7 @@ class Causality(Probe):
             shares = next((share for share in found if share is not None), None)
             if shares is None:
                 raise NotChecked("the output does not depend on the embedding in a way that can be differentiated")
-            step.record("causality.future", shares[0])
+            step.record("causality.future", torch.where(asked > ALL, shares[0], torch.nan))
             for name, came, went in calls.made:
                 local = _shares(went, came, places)
                 if local is not None:
@@ -161,7 +173,7 @@ def _shifted(inputs: Tensor, targets: Tensor) -> Tensor:
 
 def _is_causal(history: History) -> bool:
     share = history.series("causality.next_token").finite.values
-    if not len(share) or not np.max(share) > 0.99:
+    if not len(share) or not np.max(share) > ALL:
         raise NotChecked("the targets are not the next tokens, so the model need not be causal")
     return True
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
+
+from .dispatch import listening
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from lab import History, Run, Step
+    from lab import History, Run, Series, Step
 
 ROUNDING = 1e-4
+DROPOUT = {"bernoulli", "native_dropout", "_fused_dropout"}
+NORMAL = {"normal", "normal_functional", "randn", "randn_like"}
 
 
 @probe(
@@ -28,8 +34,13 @@ class Determinism(Probe):
 
     Records ``determinism.difference``: the largest difference of the outputs relative to their largest value. When that
     is not 0, the next experiment looks at each site: ``determinism.site_difference``, and ``determinism.dropped``: 1 if
-    wherever the two values differ one of them is 0, else 0.
+    wherever the two values differ one of them is 0, else 0. In the first experiment and in that one it also looks at
+    what is drawn: ``determinism.sampled`` is 1 where that is normal numbers and nothing else, else 0, and
+    ``determinism.dropout`` where it is dropout and nothing else.
     """
+
+    def lab_start(self) -> None:
+        self._looks = 0
 
     def lab_examine(self, run: Run, step: Step) -> None:
         if step.batch is None or step.batch.inputs is None:
@@ -37,13 +48,23 @@ class Determinism(Probe):
         rows = step.batch.rows(2)
         run.model.eval()
         suspect = run.history.last("determinism.difference") > ROUNDING
-        made = []
-        with torch.no_grad():
+        made, drawn = [], set[str]()
+        self._looks += 1
+        traced = suspect or self._looks == 1
+
+        def note(func: Any, *_: object) -> None:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                drawn.add(func.overloadpacket.__name__.rstrip("_"))
+
+        with torch.no_grad(), listening(note) if traced else contextlib.nullcontext():
             for _ in range(2):
                 with run.sites.capture("**" if suspect else "") as values:
                     made.append((run.call(rows), values))
         (first, was), (second, now) = made
         step.record("determinism.difference", _difference(first, second))
+        if traced:
+            step.record("determinism.sampled", float(bool(drawn) and drawn <= NORMAL))
+            step.record("determinism.dropout", float(bool(drawn) and drawn <= DROPOUT))
         names = [name for name in was if name in now and _compare(was[name], now[name])]
         if names:
             pairs = [(was[name], now[name]) for name in names]
@@ -63,6 +84,20 @@ def _dropped(was: Tensor, now: Tensor) -> Tensor:
     return ((was == now) | (was == 0) | (now == 0)).all().float()
 
 
+def _differences(history: History) -> Series:
+    """Return how far two evaluations were apart, where that says something.
+
+    Raises:
+        NotChecked: It does not.
+    """
+    series = history.series("determinism.difference").finite
+    if not len(series):
+        raise NotChecked("the outputs were not finite when it was tried")
+    if history.last("determinism.sampled") == 1 and np.any(series.values > ROUNDING):
+        raise NotChecked("normal numbers are drawn when the model is evaluated, as one with a random code does")
+    return series
+
+
 @rule(
     "evaluation.random",
     title="Evaluation gives the same answer twice",
@@ -71,10 +106,11 @@ def _dropped(was: Tensor, now: Tensor) -> Tensor:
     phase="forward",
 )
 def evaluation_random(history: History) -> Iterator[Symptom]:
-    """In evaluation mode nothing is drawn: two calls agree but for the order in which a device adds."""
-    series = history.series("determinism.difference").finite
-    if not len(series):
-        raise NotChecked("the outputs were not finite when it was tried")
+    """In evaluation mode nothing is drawn: two calls agree but for the order in which a device adds.
+
+    A model that draws normal numbers, and nothing else, may be meant to: a variational autoencoder samples its code.
+    """
+    series = _differences(history)
     if found := series.first(series.values > ROUNDING):
         step, difference = found
         text = f"two evaluations of the same batch differ by {difference:.2g} of the largest output, at step {step}"
@@ -83,8 +119,7 @@ def evaluation_random(history: History) -> Iterator[Symptom]:
 
 def _first_random(history: History) -> tuple[str, int, float] | None:
     """Return the first site of the forward pass at which two evaluations differ, since when, and by how much."""
-    if not len(history.series("determinism.difference").finite):
-        raise NotChecked("the outputs were not finite when it was tried")
+    _differences(history)
     random = [
         (history.order.get(site, len(history.order)), site, *found)
         for site, series in history.each("determinism.site_difference")
@@ -116,10 +151,16 @@ def evaluation_random_site(history: History) -> Iterator[Symptom]:
     phase="forward",
 )
 def evaluation_dropped(history: History) -> Iterator[Symptom]:
-    """Two values of the first site that differs are equal wherever neither is 0: so dropout leaves a tensor."""
+    """Two values of the first site that differs are equal wherever neither is 0: so dropout leaves a tensor.
+
+    Or what is dropped out lies inside: then the operators that draw are those of dropout, and no others.
+    """
     if found := _first_random(history):
         site, step, _ = found
         dropped = history.series("determinism.dropped", site)
         if (dropped.values[dropped.steps >= step] == 1).all():
             text = f"at {site} two evaluations differ only where one of them is 0, as dropout leaves it"
+            yield Symptom(at=site, since=step, seen=1.0, expected="0", text=text)
+        elif history.last("determinism.dropout") == 1:
+            text = f"{site} is the first to differ between two evaluations, and all that is drawn in them is dropout"
             yield Symptom(at=site, since=step, seen=1.0, expected="0", text=text)

@@ -86,7 +86,7 @@ class Trace:
             handles.append(module.register_forward_pre_hook(self._begins(name), with_kwargs=True))
             handles.append(module.register_forward_hook(self._ends))
         try:
-            with _listening(self._operator):
+            with listening(self._operator):
                 call()
         finally:
             for handle in handles:
@@ -186,7 +186,7 @@ class Trace:
         return key
 
 
-def _listening(tell: Callable[[Any, Any, Any, Any], None]) -> Any:
+def listening(tell: Callable[[Any, Any, Any, Any], None]) -> Any:
     """Return a block in which each operator is told of, after it ran."""
 
     class Listening(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: SLF001

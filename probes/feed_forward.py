@@ -277,13 +277,14 @@ def ffn_cut(history: History) -> Iterator[Symptom]:
     judged = False
     for name, series in history.each("ffn.cut_always"):
         judged = True
-        always = series.finite
+        always, now = series.finite, history.series("ffn.cut", name).finite
         if found := always.first(always.values > 0):
-            now = history.series("ffn.cut", name)
             early = now.values[now.steps <= found[0]]
             whole = np.flatnonzero(early == 0)
             step = int(now.steps[int(whole[-1]) + 1 if len(whole) else 0])
             text = f"the same {found[1]:.0%} of the neurons of {name} are 0 at every token, whatever they are given"
             yield Symptom(at=name, since=step, seen=found[1], expected="0", text=text)
+        else:
+            now.until_now(now.values > 0, LOOKS)  # looks again while there are fewer
     if not judged:
         raise NotChecked(EARLIER)

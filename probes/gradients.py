@@ -8,7 +8,7 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -18,33 +18,37 @@ if TYPE_CHECKING:
 @probe(
     "gradients",
     title="Norm of the gradient of every parameter, and at the output of every branch and block",
-    cost="one norm a tensor",
+    every=10,
+    cost="one norm a tensor, on measured steps; in the others one of what the gradients held before",
 )
 class Gradients(Probe):
     """Reads gradients after the backward pass, and what they hold when it begins.
 
-    Records ``gradient.norm`` by parameter, ``gradient.site`` at the outputs of modules made of others,
-    ``gradient.total`` before clipping, and ``gradient.carried``: the norm of what the gradients already held when
-    a backward pass of the step began, the least of its passes.
+    It measures in the first three steps, in each tenth, in those that are examined, and where the joint norm that the
+    clipping of gradients gave is not finite; in each step, where that norm is not known, or not on the host.
+
+    Records ``gradient.norm`` by parameter and ``gradient.site`` at the outputs of modules made of others, and in
+    each step ``gradient.total`` before clipping, and ``gradient.carried``: the norm of what the gradients already held
+    when a backward pass of the step began, the least of its passes.
     """
 
     def lab_start(self, run: Run) -> None:
         self._run = run
         self._seen: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, Tensor] | None = None
         self._carried: list[Tensor | None] = []
         if run.sites.output:
-            self.read(run, run.sites.output, self._backward_begins, grad=True)
+            self._read(run, run.sites.output, self._backward_begins)
         # Those made of other modules: what happens inside a leaf shows in the gradients of its parameters.
         inner = {name for name, module in run.model.named_modules() if next(module.children(), None) is not None}
         for site in run.sites.match("**.out"):
             if site.module in inner:
-                self.read(run, site.name, self._see, grad=True)
+                self._read(run, site.name, self._see)
 
     def _backward_begins(self, _site: Site, _value: Tensor) -> None:
         """The gradient at the output is the first of a backward pass; nothing has been added to any parameter yet."""
         # A parameter that the optimiser does not hold is not cleared by it: another mistake, with a rule of its own.
-        held = [p.grad for group in self._run.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        params = (p for group in self._run.optimizer.param_groups for p in group["params"])
+        held = [p.grad for p in params if p.grad is not None and not p.grad.is_sparse]
         self._carried.append(_joint_norm(held) if held else None)
 
     def _record_carried(self, step: Step) -> None:
@@ -56,25 +60,29 @@ class Gradients(Probe):
             step.record("gradient.carried", 0.0)
         self._carried.clear()
 
+    def _read(self, run: Run, site: str, see: Callable[[Site, Tensor], None]) -> None:
+        run.sites.read(site, run.plugins.guard(self, see), lambda: True, grad=True)
+
     def _see(self, site: Site, value: Tensor) -> None:
-        if self._last is None or self._last[0] is not value:
-            self._last = (value, torch.linalg.vector_norm(value))
-        self._seen[site.name] = self._last[1]  # a second name of one tensor costs nothing
+        self._seen[site.name] = value
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         self._record_carried(step)
+        seen, self._seen = self._seen, {}
+        if step.grad_norm is not None:
+            step.record("gradient.total", step.grad_norm)
+            if self.is_finite(step.grad_norm) and not self.due(step):
+                return
         held = {name: p.grad for name, p in run.parameters.items() if p.grad is not None and not p.grad.is_sparse}
         if held:
             norms = torch.stack(torch._foreach_norm(list(held.values())))
             step.record_all("gradient.norm", tuple(held), norms)
             if step.grad_norm is None:
                 step.record("gradient.total", torch.linalg.vector_norm(norms))
-        if step.grad_norm is not None:
-            step.record("gradient.total", step.grad_norm)
-        if self._seen:
-            step.record_all("gradient.site", tuple(self._seen), torch.stack(list(self._seen.values())))
-            self._seen.clear()
-            self._last = None
+        if seen:
+            # A second name of one tensor costs nothing.
+            once = {id(value): torch.linalg.vector_norm(value) for value in seen.values()}
+            step.record_all("gradient.site", tuple(seen), torch.stack([once[id(value)] for value in seen.values()]))
 
 
 def _joint_norm(tensors: list[Tensor]) -> Tensor:

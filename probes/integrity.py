@@ -19,6 +19,7 @@ SMALL = 4096  # a tensor of at most so many elements is kept as it is; of a larg
 RARE = 2  # what memory loses is lost once; what a loop does on purpose, it does again and again
 BEFORE = 5  # the loss has to exceed that of so many steps before a change, for the change to have done harm
 LOOKS = 3
+ELSEWHERE = 0.5  # the cosine of two drawings of 32 numbers is above that once in 300 times
 
 
 @dataclass
@@ -45,8 +46,9 @@ class Integrity(Probe):
     they were; where it is one alone, ``integrity.bit`` and ``integrity.state_bit``, k if it changed by 2^k and -1 if
     not; ``integrity.owner`` and ``integrity.state_owner``, the number of the tensor that holds the first of them, and
     once, by tensor, ``integrity.place`` and ``integrity.state_place``, its number. Of the table that gives the
-    logits, a row a class: ``integrity.rows``, how many rows there are, ``integrity.rows_changed``, and
-    ``integrity.rows_learned``, how many of those were targets before.
+    logits, a row a class: ``integrity.rows``, how many rows there are, ``integrity.rows_changed``,
+    ``integrity.rows_learned``, how many of those were targets before, and ``integrity.rows_turned``, how many of these
+    point elsewhere (a cosine below a half) and are not 0.
     """
 
     def lab_start(self) -> None:
@@ -64,7 +66,10 @@ class Integrity(Probe):
                     step.record("integrity.rows", float(len(rows)), self._head)
                     step.record("integrity.rows_changed", rows.sum(), self._head)
                     if self._learned is not None:
-                        step.record("integrity.rows_learned", (rows & self._learned).sum(), self._head)
+                        learned = rows & self._learned
+                        step.record("integrity.rows_learned", learned.sum(), self._head)
+                        turned = _turned(self._table, run.parameters[self._head].detach())
+                        step.record("integrity.rows_turned", (learned & turned).sum(), self._head)
         self._head = self._head or _head(run, step)
         self._note_targets(run, step)
 
@@ -72,6 +77,7 @@ class Integrity(Probe):
         weights: dict[str, Tensor] = {name: p for name, p in run.parameters.items() if name != self._head}
         if self._head:
             weights[self._head] = run.parameters[self._head]  # last, so that its rows are easily found
+            self._table = run.parameters[self._head].detach().clone()
         held = run.optimizer.state
         states = {
             f"{name} {key}": value
@@ -125,6 +131,11 @@ def _head(run: Run, step: Step) -> str:
     linear = [n for n in found if isinstance(run.model.get_submodule(n.rpartition(".")[0]), torch.nn.Linear)]
     # One that is left is tied to the table of the tokens.
     return (ours or linear or (found if len(found) == 1 else []) or [""])[-1]
+
+
+def _turned(before: Tensor, now: Tensor) -> Tensor:  # [V C] x 2 -> [V]
+    """Which rows point elsewhere: what is scaled, averaged or cut off in part does not."""
+    return (torch.cosine_similarity(before.float(), now.float(), dim=-1) < ELSEWHERE) & (now != 0).any(-1)
 
 
 def _plain(x: Tensor) -> bool:
@@ -231,10 +242,11 @@ def integrity_state_bit(history: History) -> Iterator[Symptom]:
     phase="forward",
 )
 def integrity_rows_reset(history: History) -> Iterator[Symptom]:
-    """Rows of classes that were targets before, two at least and not all, changed outside the optimiser, and it hurt.
+    """Rows of classes that were targets before, two at least and not all, changed outside the optimiser, for the worse.
 
-    Rows are made anew on purpose for classes that are new, or for all classes at once; and not so that the loss rises
-    above each of the five before. Once or twice in the run: what a loop does to rows again and again, it means.
+    They all point elsewhere, or the loss rises above each of the five before. Rows are made anew on purpose for classes
+    that are new, or for all classes at once. Once or twice in the run: what a loop does to rows again and again, it
+    means.
     """
     if not history.sites("integrity.rows_learned"):
         raise NotChecked("no table of classes, with targets known, is trained")
@@ -246,22 +258,17 @@ def integrity_rows_reset(history: History) -> Iterator[Symptom]:
         if len(when) > RARE:
             raise NotChecked(f"something other than the optimiser changes rows, in {len(when)} of {len(changed)} steps")
         for step in when:
-            count, learned, rows, now = (
-                _at(history, metric, site, step)
-                for metric, site in (
-                    ("integrity.rows_changed", name),
-                    ("integrity.rows_learned", name),
-                    ("integrity.rows", name),
-                    ("loss", ""),
-                )
-            )
+            kinds = ("integrity.rows_changed", "integrity.rows_learned", "integrity.rows", "integrity.rows_turned")
+            count, learned, rows, turned = (_at(history, metric, name, step) for metric in kinds)
             if not learned >= 2 or count >= rows:
                 continue
+            now = _at(history, "loss", "", step)
             past = np.array([_at(history, "loss", "", step - back) for back in range(1, BEFORE + 1)])
-            if np.all(np.isfinite(past)) and not now <= np.max(past):
+            if turned == learned or (np.all(np.isfinite(past)) and not now <= np.max(past)):
+                harm = "point elsewhere now" if turned == learned else f"the loss rose above the {BEFORE} before"
                 text = (
                     f"{learned:.0f} rows of {name} whose classes had been learned were changed between the updates "
-                    f"of steps {step - 1} and {step}, and the loss rose to {now:.3g}, above the {BEFORE} before"
+                    f"of steps {step - 1} and {step}, and {harm}; the loss is {now:.3g}"
                 )
                 yield Symptom(at=name, since=int(step), seen=learned, expected="0", text=text)
             else:

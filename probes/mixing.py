@@ -36,7 +36,7 @@ class Mixing(Probe):
     Records ``mixing.rows``, the largest change of an output of the first row over the largest output, and
     ``mixing.padding``, the same at the tokens of the second row, or -1 where the call names no padding.
     ``mixing.batch_first`` tells whether the first axis is known to be the batch: the model says so, or the targets are
-    the tokens that follow along the second axis, and only there. When a change is not 0, the
+    the tokens that follow along the second axis, and only there, or one for each row. When a change is not 0, the
     next experiment looks at each module: ``mixing.module_rows``, ``mixing.module_padding``, 0 where what goes into it
     has changed already.
     """
@@ -82,8 +82,8 @@ class Mixing(Probe):
             with torch.no_grad(), _Calls(run.model if everywhere else None, look) as calls:
                 calls.made[""] = (None, run.call(batch))
             made.append(calls.made)
-        if not look.fits(made[0][""][1]):
-            raise NotChecked("the output is not one vector for each token [B T V]")
+        if not look.fits_whole(made[0][""][1]):
+            raise NotChecked("the output is not one vector for each token [B T V], or for each row [B V]")
         return {name: look.made_here(call, made[1][name]) for name, call in made[0].items() if name in made[1]}
 
 
@@ -102,8 +102,13 @@ class _Look(NamedTuple):
             and tuple(value.shape[:2]) in ((self.rows, self.length), (self.length, self.rows))
         )
 
+    def fits_whole(self, value: Tensor) -> bool:
+        return self.fits(value) or (value.dim() == 2 and len(value) == self.rows)
+
     def changes(self, was: Tensor, now: Tensor) -> Tensor:  # -> [2]
         """Of the first row, and of the tokens of the second: the largest change over the largest value."""
+        if was.dim() == 2:
+            was, now = was[:, None], now[:, None]
         if was.shape[0] != self.rows:
             was, now = was.transpose(0, 1), now.transpose(0, 1)
         moved = (now.float() - was.float()).abs().flatten(2).amax(-1)  # [R T]
@@ -158,8 +163,13 @@ def _plain(value: Any, tokens: Tensor) -> bool:
 
 
 def _rows_first(batch: Batch, tokens: Tensor) -> Tensor | float:
-    """1 if the targets are the tokens that follow along the second axis and not along the first, else 0; []."""
+    """1 if the targets are the tokens that follow along the second axis and not along the first, else 0; [].
+
+    Or if there is one for each row, of another number than positions.
+    """
     targets = batch.targets
+    if targets is not None and targets.shape == tokens.shape[:1] != tokens.shape[1:]:
+        return 1.0
     if targets is None or targets.shape != tokens.shape:
         return 0.0
     counts = (targets >= 0).float()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
 
 from .blocks import lists_of_blocks
+from .stream import zeroed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
@@ -45,28 +46,13 @@ class Noise(Probe):
             raise NotChecked("no list of blocks with norms in this model")
         found: dict[str, Tensor] = {}
         run.model.eval()
-        with _zeroed(blocks.values()), contextlib.ExitStack() as handles, torch.no_grad():
+        parameters = (p for block in blocks.values() for p in block.parameters())
+        with zeroed(parameters), contextlib.ExitStack() as handles, torch.no_grad():
             for name, block in blocks.items():
                 handles.callback(block.register_forward_hook(_again(found, name), with_kwargs=True).remove)
             run.call(step.batch.rows(ROWS))
         if found:
             step.record_all("noise.stream", tuple(found), torch.stack(list(found.values())))
-
-
-@contextlib.contextmanager
-def _zeroed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """All parameters of the modules at 0 while in the block."""
-    found = {id(p): p for module in modules for p in module.parameters()}
-    kept = [(p, p.detach().clone()) for p in found.values()]
-    with torch.no_grad():
-        for p, _ in kept:
-            p.zero_()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in kept:
-                p.copy_(value)
 
 
 def _again(found: dict[str, Tensor], name: str) -> Callable[..., None]:

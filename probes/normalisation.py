@@ -72,6 +72,8 @@ def _keep(given: dict[str, Tensor], name: str) -> Callable[..., None]:
         if name in given or len(args) != 1 or not torch.is_tensor(args[0]) or not torch.is_tensor(output):
             return
         x = args[0]
+        if x.is_nested:  # rows of different lengths, as in PyTorch's own encoder when it evaluates
+            return
         weight = getattr(module, "weight", None)
         declared = tuple(getattr(module, "normalized_shape", ())) or (tuple(weight.shape) if weight is not None else ())
         # A norm over several dimensions, or over channels that come first, mixes what it should.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Numerics(Probe):
     """Compares the loss of a classifier with what goes into it, in each step.
 
-    Records ``logits.spread``, the largest difference of two logits of one row (not finite where a logit is not),
+    Records ``logits.spread``, the largest logit less the smallest (not finite where a logit is not),
     ``logits.targets``, how many targets count, and ``logits.loss``, the loss that was propagated backward.
     """
 
@@ -52,8 +52,8 @@ class Numerics(Probe):
 
 
 def _spread(logits: Tensor) -> Tensor:
-    least, most = torch.aminmax(logits.detach().reshape(-1, logits.shape[-1]).float(), dim=-1)  # [N] each
-    return (most - least).amax()
+    least, most = torch.aminmax(logits.detach())
+    return (most - least).float()
 
 
 def _broken(history: History, kind: NDArray[np.bool_]) -> tuple[int, float] | None:
@@ -83,8 +83,8 @@ def _broken(history: History, kind: NDArray[np.bool_]) -> tuple[int, float] | No
 def loss_infinite(history: History) -> Iterator[Symptom]:
     """The loss is infinite, the logits are finite, and targets count.
 
-    ``logsumexp(z) - z_target`` is at most the spread of the logits plus ln V: finite. The logarithm of a probability
-    that was rounded to 0, or of a sum of exponentials that overflowed, is not.
+    ``logsumexp(z) - z_target`` is at most the spread of a row's logits plus ln V: finite. The logarithm of a
+    probability that was rounded to 0, or of a sum of exponentials that overflowed, is not.
     """
     if found := _broken(history, np.isinf(history.series("logits.loss").values)):
         step, spread = found
@@ -93,8 +93,8 @@ def loss_infinite(history: History) -> Iterator[Symptom]:
             since=step,
             seen=float("inf"),
             expected=f"at most {spread:.3g} + ln V",
-            text=f"the loss is infinite at step {step}, where all logits are finite: no two of a row differ by more "
-            f"than {spread:.3g}, and the cross-entropy is at most that plus ln V",
+            text=f"the loss is infinite at step {step}, where all logits are finite: no two differ by more than "
+            f"{spread:.3g}, and the cross-entropy is at most that plus ln V",
         )
 
 

@@ -23,7 +23,7 @@ ROUNDING = 1e-5
 @probe(
     "objective",
     title="Is the loss the cross-entropy of the logits, or a wrong form of it?",
-    every=10,
+    every=0,
     cost="three passes over the logits, on measured steps",
 )
 class Objective(Probe):
@@ -40,6 +40,7 @@ class Objective(Probe):
     def lab_start(self, run: Run) -> None:
         self._run = run
         self._parts: list[_Part] = []
+        self._looked = -1  # at the newest step that was measured
         if run.sites.output:
             self.read(run, run.sites.output, self._see)
 
@@ -52,6 +53,8 @@ class Objective(Probe):
 
     def _surprised(self, run: Run) -> bool:
         """Whether the last look, and not the one before it, found another loss: the next one tells more."""
+        if self._looked != run.step.index - 1:
+            return False
         uneven = run.history.series("objective.unevenness").values[-2:] > ROUNDING
         return bool(len(uneven) and uneven[-1] and not uneven[:-1].any())
 
@@ -66,6 +69,7 @@ class Objective(Probe):
             parts = [_Part(step.logits, targets)] if targets is not None and _fit(step.logits, targets) else []
         if len(parts) != step.parts:
             return
+        self._looked = step.index
         loss = step.loss.detach().double().reshape(())
         count = torch.stack([part.count for part in parts]).sum()
         right = torch.stack([part.losses.sum() for part in parts]).sum() / count

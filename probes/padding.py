@@ -18,7 +18,7 @@ LOOKS = 3
 TILE = 128  # columns: what padding to a multiple that suits a device may add
 
 
-@probe("padding", title="Is there padding that no row needs?", every=10, cost="two passes over the tokens")
+@probe("padding", title="Is there padding that no row needs?", every=0, cost="two passes over the tokens")
 class Padding(Probe):
     """Looks for the columns of a batch that are padding in every row, where the model is told which tokens are there.
 

@@ -21,8 +21,9 @@ FEW = 8  # of fewer elements, all may stand still by chance where updates are ro
 @probe(
     "precision",
     title="Do updates survive the format that weights are kept in?",
-    every=10,
+    every=0,
     cost="a few thousand elements of each parameter, on measured steps",
+    seldom=True,
 )
 class Precision(Probe):
     """Follows some elements of each parameter through an update by Adam, whose size its state tells.

@@ -22,8 +22,9 @@ DIFFERENT = 0.25
 @probe(
     "scores",
     title="Is each pattern the softmax of the scores, with what is hidden left out?",
-    every=10,
+    every=0,
     cost="one layer's scores for one row of the batch, computed a second time",
+    seldom=True,
 )
 class Scores(Probe):
     """Compares scores and pattern, for one row of the batch, with ``E = q k^T / sqrt(D)`` and with each other.

@@ -26,11 +26,12 @@ MOVED = 2.0**-6
     title="Is each layer computed with the weights that the optimiser changes?",
     cost="each layer on one row, on examined steps; the first row's inputs are kept",
     examines=True,
+    seldom=True,
 )
 class Stale(Probe):
     """Gives each layer the same input at every look, that of the first: its output has to change with its weights.
 
-    Of layers that hold trainable parameters and no other module, and are given one tensor of numbers. Records
+    Of layers that hold trainable parameters themselves, and are given one tensor of numbers. Records
     ``stale.same``, whether the output is that of the first look to the last bit, and ``stale.moved``: the root mean
     square of how far its weights have moved since then, over their own.
     """
@@ -82,8 +83,7 @@ def _first_look(run: Run, rows: Batch) -> dict[str, _Kept]:
     layers = {
         name: module
         for name, module in run.model.named_modules()
-        if next(module.children(), None) is None
-        and any(p.requires_grad and p.numel() > 0 for p in module.parameters(recurse=False))
+        if any(p.requires_grad and p.numel() > 0 for p in module.parameters(recurse=False))
     }
     handles = [layer.register_forward_pre_hook(_keep(given, name), with_kwargs=True) for name, layer in layers.items()]
     try:

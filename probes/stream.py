@@ -10,7 +10,7 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ class Stream(Probe):
             name: block for name, block in blocks.items() if run.history.last("stream.carried", name) < ROUNDING
         }
         run.model.eval()  # dropout would let through another part of the stream each time
-        with _zeroed(blocks.values()):
+        with zeroed(_matrices(blocks.values())):
             for name, (sent, back) in _differentiate(run, rows, blocks).items():
                 size = torch.linalg.vector_norm(sent)
                 factor = (back * sent).sum() / size**2
@@ -61,7 +61,7 @@ class Stream(Probe):
                 step.record("stream.rest", torch.linalg.vector_norm(back - factor * sent) / size, name)
         for branch in sorted({name for block in suspects.values() for name, _ in _branches(block)}):
             here = {name: block for name, block in suspects.items() if hasattr(block, branch)}
-            with _zeroed(getattr(block, branch) for block in here.values()):
+            with zeroed(_matrices(getattr(block, branch) for block in here.values())):
                 for name, (sent, back) in _differentiate(run, rows, here).items():
                     carried = torch.linalg.vector_norm(back) / torch.linalg.vector_norm(sent)
                     step.record("stream.branch_carried", carried, f"{name}.{branch}")
@@ -82,11 +82,14 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                     yield f"{path}.{index}" if path else index, block
 
 
+def _matrices(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    return (p for module in modules for p in module.parameters() if p.dim() >= 2)
+
+
 @contextlib.contextmanager
-def _zeroed(modules: object) -> Iterator[None]:
-    """All matrices of the modules at 0 while in the block."""
-    found = {id(p): p for module in modules for p in module.parameters() if p.dim() >= 2}  # type: ignore[attr-defined]
-    kept = [(p, p.detach().clone()) for p in found.values()]
+def zeroed(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """These at 0 while in the block."""
+    kept = [(p, p.detach().clone()) for p in {id(p): p for p in parameters}.values()]
     with torch.no_grad():
         for p, _ in kept:
             p.zero_()

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lab import History, Run, Step
 
 
+ROUNDING = 1e-6  # of the largest gradient: what sums of float32 leave of one that is 0
+HALF_A_BIT = 2.0**-25  # of a weight in float32
+
+
 class _Moves(Probe):
     """Copies the weights just before an update, when the activations are freed, and compares just after."""
 
@@ -38,7 +42,7 @@ class _Moves(Probe):
 
 
 @probe(
-    "weights", title="Norm of every weight, and of its update relative to it", every=10, cost="one copy of the weights"
+    "weights", title="Norm of every weight, and of its update relative to it", every=0, cost="one copy of the weights"
 )
 class Weights(_Moves):
     """Records ``weight.norm``, ``update.ratio`` (norm of the update over norm of the weight), and ``learning_rate``."""
@@ -121,17 +125,27 @@ def weight_nonfinite(history: History) -> Iterator[Symptom]:
 def _unmoved(history: History, *, held: bool) -> Iterator[Symptom]:
     if not np.any(np.isfinite(_all(history, "movement.distance"))):
         raise NotChecked("no weight was finite on an examined step")
+    largest: dict[int, float] = {}
+    for _, series in history.each("movement.gradient"):
+        for step, value in zip(series.steps, series.values, strict=True):
+            largest[int(step)] = max(largest.get(int(step), 0.0), float(value))
     for name in history.sites("movement.gradient"):
         gradient = history.series("movement.gradient", name)
         distance = history.series("movement.distance", name)
+        # What is 0 but for rounding, as of a bias before a norm, moves nothing.
+        there = gradient.values > ROUNDING * np.array([largest.get(int(step), 0.0) for step in gradient.steps])
         is_held = history.series("movement.held", name).values > 0
         rate = history.series("movement.rate", name).values
         at = np.isin(distance.steps, gradient.steps)
         still = (distance.values[at] == 0) & (gradient.values > 0) & (is_held[at] == held)
         if held:
             still &= rate[at] > 0
+        # Nor does what is lost when it is added to the weight, by rate and gradient alone.
+        size = history.last("weight.norm", name)
+        there &= ~(rate[at] * gradient.values < HALF_A_BIT * size) if held else True
+        still, steps, norms = still[there], gradient.steps[there], gradient.values[there]
         if np.all(still) and len(still):
-            step, norm = int(gradient.steps[0]), float(gradient.values[0])
+            step, norm = int(steps[0]), float(norms[0])
             why = "although the optimiser holds it" if held else "and the optimiser does not hold it"
             yield Symptom(
                 at=name,
@@ -174,5 +188,9 @@ def movement_unheld(history: History) -> Iterator[Symptom]:
     phase="update",
 )
 def movement_none(history: History) -> Iterator[Symptom]:
-    """A trainable parameter that has a gradient, a learning rate above 0, and does not move."""
+    """A trainable parameter that has a gradient, a learning rate above 0, and does not move.
+
+    A gradient that is rounding alone, as that of a bias before a batch norm, is none; nor has a weight to move that is
+    so large that the rate times its gradient is lost when it is added.
+    """
     yield from _unmoved(history, held=True)

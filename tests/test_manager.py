@@ -648,10 +648,31 @@ class Declines(lab.Probe):
 
 def test_an_examination_that_cannot_judge_is_noted_until_one_can(small_run: SmallRun) -> None:
     keeper, probe = Keeper(), Declines()
-    _, history = small_run(keeper, probe, probes=False, steps=12)  # experiments at steps 0, 10 and 11
-    assert probe.known == [{}, *[{"test.probe": "too early to say"}] * 10, {}]
+    _, history = small_run(keeper, probe, probes=False, steps=12)  # experiments at steps 0, 5, 10 and 11
+    assert probe.known == [{}, *[{"test.probe": "too early to say"}] * 5, *[{}] * 6]
     assert history.reasons == {}
     assert keeper.plugins.set_aside == {}
+
+
+def test_a_probe_that_cannot_judge_when_the_run_starts_is_not_asked_again(small_run: SmallRun) -> None:
+    asked: list[str] = []
+
+    @watches
+    class Never(lab.Probe):
+        def lab_start(self) -> None:
+            raise lab.NotChecked("not on this model")
+
+        def lab_step(self) -> Generator[None, bool, bool]:
+            asked.append("step")
+            return (yield)
+
+        def lab_examine(self) -> None:
+            asked.append("examine")
+
+    keeper = Keeper()
+    _, history = small_run(keeper, Never(), probes=False, steps=3)
+    assert asked == []
+    assert history.reasons == keeper.plugins.declined == {"test.probe": "not on this model"}
 
 
 def test_an_examination_that_never_can_judge_is_noted_to_the_end(small_run: SmallRun) -> None:

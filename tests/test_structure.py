@@ -21,7 +21,7 @@ LEVELS = [
     {"catalogue", "store"},
     {"manager", "sites", "context", "sandbox", "scenario", "spec"},
     {"diagnosis.diagnose"},  # and every part of a project
-    {"session", "results", "learn"},
+    {"session", "results", "diff", "learn"},
     {"runtime", "attach"},
     {"matrix"},
     {"cli"},

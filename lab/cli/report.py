@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lab.diagnosis.model import Diagnosis, Finding
     from lab.runtime.run import Check, Outcome
 
+UNSEEN = "nothing recorded "
 COLOUR = {"healthy": "green", "faulty": "red", "inconclusive": "yellow"}
 
 
@@ -96,22 +98,29 @@ def _each_check(diagnosis: Diagnosis) -> RenderableType:
 
 
 def _coverage(diagnosis: Diagnosis) -> RenderableType:
-    """The same in short: what was checked by subject, and what was not by reason."""
+    """The same in short: what was checked by subject, and why the rest was not, and how many checks that are."""
     lines = _grid()
     good = _good(diagnosis)
-    if not good:
-        lines.add_row("checked", Text("nothing", style="green"))
     subjects = _grouped((id.partition(".")[0], id.partition(".")[2]) for id in good)
-    for number, (subject, names) in enumerate(subjects.items()):
-        text = Text.assemble(("✓ ", "green"), subject, (f"  {' · '.join(names)}", "dim"))
-        lines.add_row("checked" if number == 0 else "", text)
-    if good:
-        lines.add_row("", Text(f"{len(good)} checks found nothing; lab diagnose RUN --all says each in words", "dim"))
-    reasons = _grouped((reason, id) for id, reason in diagnosis.not_checked.items())
-    for number, (reason, ids) in enumerate(reasons.items()):
-        text = Text.assemble((", ".join(ids), "yellow"), (f"  {reason}", "dim"))
-        lines.add_row("not checked" if number == 0 else "", text)
+    text = Text("; ", "dim").join(
+        Text.assemble((f"{subject} ", "green"), (", ".join(names), "dim")) for subject, names in subjects.items()
+    )
+    lines.add_row("checked", text if good else Text("nothing", "green"))
+    reasons = _grouped((_short(reason), id) for id, reason in diagnosis.not_checked.items())
+    if reasons:
+        text = Text("; ", "dim").join(
+            Text.assemble((reason, "yellow"), (f" ({len(ids)})", "dim")) for reason, ids in reasons.items()
+        )
+        lines.add_row("not checked", text)
+    told = f"{len(good)} checks found nothing, {len(diagnosis.not_checked)} were not made: "
+    lines.add_row("", Text(f"{told}lab diagnose RUN --all says each in words", "dim"))
     return lines
+
+
+def _short(reason: str) -> str:
+    """What the first probe says, without its name."""
+    first = re.split(r"; (?=[\w-]+: )", reason)[0]
+    return "nothing of the kind happened" if first.startswith(UNSEEN) else re.sub(r"^[\w-]+: ", "", first)
 
 
 def _grid() -> Table:

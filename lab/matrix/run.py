@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -111,6 +112,7 @@ _known: tuple[Catalogue, dict[str, Aim]] | None = None  # of this process
 def _begin(plugins: tuple[str, ...]) -> None:
     """Prepare a process: one thread, since there are as many processes as cores; the catalogue, read once."""
     global _known  # noqa: PLW0603 - what a pool's initialiser can leave behind
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
@@ -119,6 +121,14 @@ def _begin(plugins: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     catalogue = discover(plugins)
     _known = catalogue, aims(catalogue)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however that ended: nobody would fetch its rows."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run_cell(cell: Cell) -> Row:

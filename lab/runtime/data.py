@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -120,7 +121,7 @@ def make_source(section: DataSection, context: int, seed: int, tokenizer: Tokens
 def make_tokenizer(section: DataSection, text: str, cut: int) -> Tokens:
     """Build the tokenizer that a scenario names; merges are learned from the text up to `cut`."""
     if section.tokenizer == "characters":
-        return Characters(text)
+        return _characters(text)
     if section.tokenizer == "bytes":
         return Tokenizer([])
     return train_tokenizer(text[:cut], 256 + section.merges)
@@ -148,7 +149,7 @@ class Text:
     ) -> None:
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
         splits = {"train": train, "held-out": held_out}
-        self._splits = {split: torch.tensor(tokenizer.encode(text)) for split, text in splits.items()}
+        self._splits = {split: _encoded(tokenizer, text) for split, text in splits.items()}
         self._size, self._context, self._seed = batch, context, seed
         rest = len(self._splits["held-out"])
         if min(map(len, self._splits.values())) <= context + 1:  # merges may shorten a repetitive text a lot
@@ -257,6 +258,22 @@ class Markov:
         return " ".join(map(str, tokens))
 
 
+def _encoded(tokenizer: Tokens, text: str) -> Tensor:  # -> [N]
+    return _numbers(tokenizer, text) if isinstance(tokenizer, Characters) else torch.tensor(tokenizer.encode(text))
+
+
+@functools.lru_cache(8)
+def _numbers(tokenizer: Characters, text: str) -> Tensor:  # -> [N]
+    """The characters of a text, counted once in a process that runs many times on it. Nobody writes into them."""
+    return torch.tensor(tokenizer.encode(text))
+
+
+@functools.lru_cache(4)
+def _characters(text: str) -> Characters:
+    return Characters(text)
+
+
+@functools.cache
 def _python_docs() -> str:
     """The Python language reference, which ships with every CPython."""
     from pydoc_data.topics import topics
@@ -264,6 +281,7 @@ def _python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+@functools.lru_cache(4)
 def _arithmetic(seed: int) -> str:
     """Sums of two numbers below 100, and copies of short words: ``12+30=42``, ``abca>abca``; a line each."""
     draw = generator(seed, 0xA517)

@@ -170,6 +170,7 @@ class Rows:
     def __init__(self, source: Source, rank: int, world: int) -> None:
         self.source, self.rank, self.world = source, rank, world
         self.vocabulary, self.floor = source.vocabulary, source.floor
+        self.extra = source.extra if isinstance(source, Wrapped) else source.vocabulary
 
     def batch(self, step: int, split: Split) -> Batch:
         """This process's rows of the batch of all."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lab.catalogue import Catalogue
 
 FAULTS = sorted(discover().faults)
+LATE_TO_SHOW = ("loss.log_of_zero",)  # a probability has to become small first
 
 
 @pytest.mark.parametrize("id", FAULTS)
@@ -37,7 +38,9 @@ def test_what_a_fault_declares_exists(id: str) -> None:
 
 @pytest.mark.parametrize("id", FAULTS)
 def test_a_fault_moves_its_metric_beyond_the_healthy_spread(tmp_path: Path, catalogue: Catalogue, id: str) -> None:
-    proof = prove(id, catalogue, tmp_path, seeds=2, steps=16)  # `lab prove` itself takes three, of full length
+    # `lab prove` itself takes three seeds, of full length. Several processes take seconds to start.
+    seeds = 1 if scenario_of(id, catalogue)[1].train.ranks > 1 else 2
+    proof = prove(id, catalogue, tmp_path, seeds=seeds, steps=None if id in LATE_TO_SHOW else 16)
     assert proof.holds, proof
 
 
@@ -124,19 +127,23 @@ def id_of(thing: object) -> int:
     "at", ["tokens.out", "blocks.0.attn.q", "blocks.0.attn.scores", "blocks.1.mlp.hidden", "norm.out"]
 )
 def test_a_non_finite_value_is_found_where_and_when_it_was_put(small_run: SmallRun, at: str, value: str) -> None:
-    diagnosis, _ = small_run(faults=[{"id": "numerics.nonfinite", "at": at, "value": value, "from_step": 5}])
+    diagnosis, _ = small_run(faults=[{"id": "numerics.nonfinite", "at": at, "value": value, "from_step": 6}])
     if value == "-inf" and at.endswith("scores"):
         # A score of minus infinity is a mask: it hides one position (from a full pass, not from one with a cache), and
         # no value is wrong.
         assert not [symptom for symptom in diagnosis.symptoms if symptom.id.endswith("nonfinite")]
         return
     best = diagnosis.causes[0]
-    assert (best.id, best.since_step) == ("numerics.nonfinite", 5)
+    if value == "-inf" and at.endswith(".q"):
+        # Scores of minus infinity hide what they belong to: what comes out is finite, and only its slope is not.
+        assert (best.id, best.since_step) == ("numerics.nonfinite_gradient", 6)
+        return
+    assert (best.id, best.since_step) == ("numerics.nonfinite", 6)
     # What is inside attention is read now and then only: the first site after it is blamed.
     assert best.at == (at if not at.endswith("scores") else "blocks.0.attn.proj.out")
 
 
 def test_a_non_finite_gradient_is_told_from_a_non_finite_value(small_run: SmallRun) -> None:
-    fault = {"id": "numerics.nonfinite", "at": "blocks.0.out", "gradient": True, "from_step": 5}
+    fault = {"id": "numerics.nonfinite", "at": "blocks.0.out", "gradient": True, "from_step": 6}
     best = small_run(faults=[fault])[0].causes[0]
-    assert (best.id, best.since_step) == ("numerics.nonfinite_gradient", 5)
+    assert (best.id, best.since_step) == ("numerics.nonfinite_gradient", 6)

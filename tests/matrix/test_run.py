@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from lab.cli import status_of
 from lab.matrix.cells import Cell, cells
@@ -154,3 +159,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "1 found, 1 named first" in " ".join(capsys.readouterr().out.split())
     assert status_of(["matrix", "--project", "attenton"]) == 2
     assert "'attention'" in capsys.readouterr().err
+
+
+def test_its_processes_end_when_it_is_killed(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from lab.cli import main; main()",
+        "matrix",
+        "--jobs",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as matrix:
+        try:
+            found: list[psutil.Process] = []
+            begun = time.monotonic()
+            while not (tmp_path / "rows.jsonl").exists() or not (tmp_path / "rows.jsonl").read_text():
+                assert time.monotonic() - begun < 120
+                found = psutil.Process(matrix.pid).children(recursive=True)
+                time.sleep(0.1)
+            assert len(found) >= 2
+        finally:
+            matrix.kill()
+    assert psutil.wait_procs(found, timeout=60)[1] == []

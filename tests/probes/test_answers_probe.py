@@ -62,7 +62,7 @@ def test_a_fault_is_named(small_run: SmallRun, id: str, begin: int, parts: int) 
     train = {"objective": "sft", "accumulate": parts}
     diagnosis, _ = small_run(faults=[{"id": id, "from_step": begin}], steps=36, **{**SFT, "train": train})
     assert [(cause.id, cause.at) for cause in diagnosis.causes] == [(id, "targets")]
-    assert diagnosis.causes[0].since_step == (10 if begin and "end" in id else begin)
+    assert diagnosis.causes[0].since_step == begin
     assert diagnosis.unexplained == ()
 
 

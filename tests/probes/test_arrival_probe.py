@@ -48,7 +48,7 @@ def test_a_run_as_it_should_be_is_silent(small_run: SmallRun, changes: dict[str,
 def test_each_fault_is_named(small_run: SmallRun, id: str, from_step: int) -> None:
     diagnosis, history = small_run(faults=[{"id": id, "from_step": from_step}], steps=34, train={"accumulate": 2})
     assert [(c.id, c.at) for c in diagnosis.causes] == [(id, "loop")]
-    assert diagnosis.causes[0].since_step == (10 if from_step else 0)
+    assert diagnosis.causes[0].since_step == from_step
     assert diagnosis.unexplained == ()
     metric, healthy = ("arrival.share", 1.0) if id == "loop.zero_grad_late" else ("update.calls", 1.0)
     series = history.series(metric)

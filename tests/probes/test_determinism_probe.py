@@ -57,12 +57,14 @@ class Middle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "proper":
             return self.proper(x)  # type: ignore[no-any-return]
-        return F.dropout(x) if self.kind == "dropout" else x + 0.1 * torch.randn_like(x)
+        if self.kind == "dropout":
+            return F.dropout(x)
+        return x + 0.1 * (torch.rand_like(x) - 0.5 if self.kind == "noise" else torch.randn_like(x))
 
 
 @pytest.mark.parametrize(
     ("kind", "causes"),
-    [("proper", []), ("dropout", ["evaluation.dropout"]), ("noise", ["evaluation.random"])],
+    [("proper", []), ("dropout", ["evaluation.dropout"]), ("noise", ["evaluation.random"]), ("code", [])],
 )
 def test_a_model_of_anybody_s(tmp_path: Path, kind: str, causes: list[str]) -> None:
     torch.manual_seed(0)

@@ -100,11 +100,12 @@ def test_rows_have_to_be_learned_and_missed(
         ("integrity.rows_changed", "head"),
         ("integrity.rows_learned", "head"),
         ("integrity.rows", "head"),
+        ("integrity.rows_turned", "head"),
         ("loss", ""),
     )
     for step, loss in enumerate(losses):
         last = step == len(losses) - 1
-        history.add(step, Row(columns, np.array([changed * last, learned * last, 8.0, loss])))
+        history.add(step, Row(columns, np.array([changed * last, learned * last, 8.0, 0.0, loss])))
     rule = catalogue.rules["integrity.rows_reset"]
     if found is None:
         with pytest.raises(lab.NotChecked, match="does not show harm"):
@@ -147,6 +148,11 @@ def all_rows(model: nn.Sequential, step: int) -> None:
         model[2].reset_parameters()  # type: ignore[operator]
 
 
+def shrink(model: nn.Sequential, step: int) -> None:
+    if step == 12:
+        model.get_parameter("2.weight").data[:2] *= 0.9
+
+
 def nothing(_model: nn.Sequential, _step: int) -> None:
     pass
 
@@ -166,9 +172,20 @@ def watched(folder: Path, change: Callable[[nn.Sequential, int], None], kind: An
     return watch.diagnosis
 
 
-@pytest.mark.parametrize("change", [nothing, clip, normalise, swap, prune, pad, one_number, all_rows])
+@pytest.mark.parametrize("change", [nothing, clip, normalise, swap, prune, shrink, pad, one_number, all_rows])
 def test_what_a_loop_does_on_purpose_is_silent(tmp_path: Path, change: Callable[[nn.Sequential, int], None]) -> None:
     assert named(watched(tmp_path / "run", change, torch.optim.Adam)) == []
+
+
+def test_rows_that_are_drawn_anew_are_seen_before_the_loss_shows_it(tmp_path: Path) -> None:
+    def redraw(model: nn.Sequential, step: int) -> None:
+        if step == 3:
+            model.get_parameter("2.weight").data[:2] = torch.randn(2, 64) * 0.05
+
+    diagnosis = watched(tmp_path / "run", redraw, torch.optim.Adam)
+    assert [(cause.id, cause.at, cause.since_step) for cause in diagnosis.causes] == [
+        ("weights.reset_rows", "2.weight", 3)
+    ]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adam])

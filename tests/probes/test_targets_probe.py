@@ -76,7 +76,7 @@ def test_a_fault_is_named(small_run: SmallRun, fault: dict[str, object], changes
     diagnosis, _ = small_run(faults=[fault], steps=34, **changes)
     assert [(cause.id, cause.at) for cause in diagnosis.causes] == [(fault["id"], "targets")]
     begin = fault.get("from_step", 0)
-    assert diagnosis.causes[0].since_step == (5 if "all" in str(fault) and begin else begin and 10)
+    assert diagnosis.causes[0].since_step == begin
     assert diagnosis.unexplained == ()
 
 

@@ -94,12 +94,12 @@ def same_losses(a: Keeper, b: Keeper) -> bool:
 
 
 def differing(a: History, b: History) -> list[tuple[str, str]]:
-    """The metrics that differ, of those that a run records; the memory of the process is not the run's own."""
+    """The metrics that differ, of those that a run records; memory and time are those of the machine."""
     names = {(metric, site) for history in (a, b) for metric in history.metrics for site in history.sites(metric)}
     return sorted(
         (metric, site)
         for metric, site in names
-        if metric != "memory.process"
+        if not metric.startswith(("memory.process", "loader."))
         and not (
             np.array_equal(a.series(metric, site).steps, b.series(metric, site).steps)
             and np.array_equal(a.series(metric, site).values, b.series(metric, site).values, equal_nan=True)

@@ -117,3 +117,12 @@ def test_rows_that_cannot_be_shared_are_refused_before_anything_starts(tmp_path:
     with pytest.raises(BadInput, match=r"data\.batch = 8 is no multiple of train\.ranks = 3"):
         run_scenario("odd", scenario({"ranks": 3}), catalogue, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", ["masked", "seq2seq"])
+def test_two_processes_write_a_sample_whatever_they_are_trained_for(
+    tmp_path: Path, catalogue: Catalogue, objective: str
+) -> None:
+    shared = scenario({"ranks": 2, "objective": objective}, steps=2, probes=[])
+    outcome = run_scenario(objective, shared, catalogue, tmp_path / "run")
+    assert outcome.facts["sample"]
