@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.catalogue import Fault, Plugin, Probe, fault, plugin, probe, rule
 from lab.diagnosis.model import Cause, Diagnosis, Finding, Symptom
-from lab.errors import BadInput, LabError, LookAgain, NotChecked
+from lab.errors import BadInput, FaultFound, LabError, LookAgain, NotChecked
 from lab.lazy import numpy, torch
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "Cause",
     "Diagnosis",
     "Fault",
+    "FaultFound",
     "Finding",
     "History",
     "LabError",

@@ -21,6 +21,10 @@ class FaultFailed(LabError):  # noqa: N818 - likewise
     """A fault raised. The run ends, since a run that is half broken shows nothing."""
 
 
+class FaultFound(LabError):  # noqa: N818 - likewise
+    """Something was found in a loop that was to end when something is: ``lab.watch(..., on_finding="raise")``."""
+
+
 class NotChecked(Exception):  # noqa: N818 - an answer rather than an error
     """Raised by a rule or an examination that cannot judge; its text is the reason that the verdict lists."""
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from lab.attach.findings import Findings
 from lab.attach.intercept import CrossEntropyCalls, backward_calls, clip_calls
 from lab.attach.modules import Hook, ModuleSites
-from lab.context import Batch, Clip, Run, Step, first_tensor
+from lab.context import IGNORED, Batch, Clip, Run, Step, first_tensor
 from lab.files import new_folder, write_run_file
 from lab.manager import Manager, discover
 from lab.session import Session
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from lab.attach.findings import OnFinding
     from lab.catalogue import Catalogue, Plugin
     from lab.diagnosis.model import Diagnosis
 
@@ -41,6 +43,7 @@ def watch(
     examine_every: int = 10,
     scheduler: LRScheduler | None = None,
     probes: Iterable[str] | None = None,
+    on_finding: OnFinding = None,
 ) -> Watch:
     """Watch a training loop, for as long as the block lasts.
 
@@ -65,12 +68,19 @@ def watch(
         examine_every: The cadence of experiments, in steps; later in the run more seldom (see `lab.session.Session`).
         scheduler: Of the learning rate, if it is to be stepped once for each update. Leave out one that counts epochs.
         probes: The ids of those to use; by default all but those that cost too much in each step to be used unasked.
+        on_finding: What to do at once with each new symptom: a function that is given it; ``"warn"``; ``"log"``, to the
+            logger ``lab``; or ``"raise"``, which ends the loop with `FaultFound` from ``optimizer.step()``, when the
+            step is recorded.
 
     Raises:
-        BadInput: `out` holds a run already, or there is no such probe.
+        BadInput: `out` holds a run already, there is no such probe, or `on_finding` is another word.
     """
     folder = Path(out) if out is not None else _new_name()
-    return Watch(model, optimizer, folder, tuple(plugins), catalogue or discover(), examine_every, scheduler, probes)
+    findings = Findings(on_finding)
+    more = (*plugins, findings)
+    watching = Watch(model, optimizer, folder, more, catalogue or discover(), examine_every, scheduler, probes)
+    watching.findings = findings
+    return watching
 
 
 def _new_name() -> Path:
@@ -86,9 +96,11 @@ class Watch:
     Attributes:
         run: As hooks see it.
         diagnosis: When the block has ended.
+        findings: Who tells what is found, as it is found; None for nobody.
     """
 
     diagnosis: Diagnosis
+    findings: Findings | None = None
 
     def __init__(
         self,
@@ -150,6 +162,8 @@ class Watch:
             self.diagnosis = self._session.finish(ended=error is None)
         finally:
             self._session.close()
+        if self.findings is not None:
+            self.findings.tell(over=True)
 
     # ---------------------------------------------------------------- what the loop does
 
@@ -168,10 +182,13 @@ class Watch:
         if model.training and torch.is_grad_enabled():
             self.run.sites.mode = "train"
             self._modules.resume()
+            self._functions.turn(on=self.run.step.examined)
             self.run.step.batch = Batch(args, kwargs)
         else:
+            # A model that is intercepted, or has hooks, may take another path, and round otherwise.
             self.run.sites.mode = "evaluate"
             self._modules.pause()
+            self._functions.turn(on=False)
 
     def _answered(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if self._training:
@@ -184,12 +201,11 @@ class Watch:
         if not self._training or step.batch is None or not logits.requires_grad:
             return
         inputs = step.batch.inputs
-        if logits.dim() == 2:
+        if logits.dim() == 2 and not _last_left_out(targets, inputs):
             step.logits = logits
         elif inputs is not None and logits.dim() == inputs.dim() + 1:
             step.logits = logits.movedim(1, -1)  # cross_entropy takes classes second
-        fits = inputs is not None and inputs.numel() == targets.numel()
-        step.batch.targets = targets.reshape(inputs.shape) if fits and inputs is not None else targets
+        step.batch.targets = _beside(targets, inputs)
 
     def _backward(self, loss: Tensor) -> None:
         if self._training and loss.numel() == 1:
@@ -210,3 +226,19 @@ class Watch:
         if step.examined:
             self._examined = step.batch
         self._begin(step.index + 1)
+        if self.findings is not None:
+            self.findings.tell()
+
+
+def _last_left_out(targets: Tensor, inputs: Tensor | None) -> bool:
+    """Whether there is a target for each token but the last of a row, as where a model shifts its labels itself."""
+    return inputs is not None and inputs.dim() == 2 and targets.numel() == inputs.numel() - len(inputs)
+
+
+def _beside(targets: Tensor, inputs: Tensor | None) -> Tensor:
+    """Give targets the shape of the tokens to which they belong, where that is known; the last ones may be ignored."""
+    if inputs is not None and inputs.numel() == targets.numel():
+        return targets.reshape(inputs.shape)
+    if inputs is not None and _last_left_out(targets, inputs):
+        return torch.nn.functional.pad(targets.reshape(len(inputs), -1), (0, 1), value=IGNORED)
+    return targets

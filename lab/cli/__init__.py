@@ -12,6 +12,8 @@ from lab.cli.board import board
 from lab.cli.build import build, hint
 from lab.cli.check import check
 from lab.cli.diagnose import diagnose
+from lab.cli.diff import diff
+from lab.cli.exec import exec_
 from lab.cli.list import list_
 from lab.cli.matrix import matrix
 from lab.cli.prove import prove
@@ -28,13 +30,14 @@ def cli() -> None:
     \b
     lab list                   what there is: projects, scenarios, faults, probes, causes, plugins
     lab run reads-the-future   train, break, watch, diagnose
+    lab exec train.py          watch a training script of your own
     lab board                  look at the newest run in TensorBoard
 
     Exit status: 0 as expected, 1 something is wrong with the run, 2 bad input.
     """  # noqa: D301 - to click, the character \b keeps the lines below it apart
 
 
-for command in (list_, show, build, hint, check, run, diagnose, answer, prove, matrix, board):
+for command in (list_, show, build, hint, check, run, exec_, diagnose, diff, answer, prove, matrix, board):
     cli.add_command(command)
 
 

@@ -227,3 +227,48 @@ def test_a_raising_probe_is_named_and_the_loop_goes_on(tmp_path: Path) -> None:
             optimizer.step()
     assert watch.diagnosis.verdict == "inconclusive"
     assert "out of ideas" in watch.run.plugins.set_aside["test.raises"]
+
+
+# ---------------------------------------------------------------- told at once
+
+
+def broken_loop(folder: Path, on_finding: Any) -> int:
+    """Train a model that sees the future; return how many steps it came to."""
+    torch.manual_seed(0)
+    model = LanguageModel(causal=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    done = 0
+    with lab.watch(model, optimizer, out=folder, on_finding=on_finding):
+        for _ in range(8):
+            tokens = torch.randint(50, (8, 17))
+            optimizer.zero_grad()
+            logits = model(tokens[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            done += 1
+    return done
+
+
+def test_a_function_is_given_each_symptom_once(tmp_path: Path) -> None:
+    found: list[lab.Symptom] = []
+    assert broken_loop(tmp_path / "run", found.append) == 8
+    assert found[0].id == "causality.future"
+    assert len({(symptom.id, symptom.at) for symptom in found}) == len(found)
+
+
+def test_a_loop_ends_when_something_is_found(tmp_path: Path) -> None:
+    with pytest.raises(lab.FaultFound, match=r"^causality.future: .* in later tokens, at step 0"):
+        broken_loop(tmp_path / "run", "raise")
+    results = lab.load(tmp_path / "run")
+    assert results.history.last_step == 0
+    assert results.diagnosis().causes[0].id == "mask.future_leak"
+
+
+def test_what_is_found_is_warned_of_or_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(UserWarning, match="^causality.future: "):
+        broken_loop(tmp_path / "warned", "warn")
+    broken_loop(tmp_path / "logged", "log")
+    assert [record.name for record in caplog.records if "causality.future: " in record.getMessage()] == ["lab"]
+    with pytest.raises(lab.BadInput, match="on_finding = 'warm'; a function, or one word; did you mean 'warn'"):
+        broken_loop(tmp_path / "neither", "warm")

@@ -1,0 +1,189 @@
+"""``lab exec``: somebody's training script, unchanged, watched from its first training step on."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import os
+import runpy
+import sys
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from lab.attach.watch import Watch
+from lab.errors import BadInput
+from lab.files import METRICS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lab.catalogue import Catalogue
+    from lab.diagnosis.model import Diagnosis
+
+SHARE = 0.1  # of an optimiser's weights have to be in a module for it to be what the optimiser trains
+
+
+class Finder:
+    """While in the block, looks for a module that is trained, and watches the first.
+
+    That is the outermost module that is called in training mode, with gradients on, and holds some of what an optimiser
+    holds. Nothing is slower but the calls before it is found, by one function call each.
+
+    Args:
+        folder: Of the run.
+        catalogue: Probes, rules and causes.
+        examine_every: See `lab.session.Session`.
+
+    Attributes:
+        watching: What was found; None until then.
+        optimizers: All that were made.
+    """
+
+    def __init__(self, folder: Path, catalogue: Catalogue, examine_every: int) -> None:
+        self.folder, self.catalogue, self.examine_every = folder, catalogue, examine_every
+        self.watching: Watch | None = None
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        made = torch.optim.Optimizer.__init__
+        plain = nn.Module.__call__
+
+        def init(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+            made(optimizer, *args, **kwargs)
+            self.optimizers.append(optimizer)
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module.training and torch.is_grad_enabled() and self._found(module):
+                search.close()  # everybody's call is PyTorch's own again
+            return plain(module, *args, **kwargs)
+
+        search = contextlib.ExitStack()
+        search.callback(setattr, nn.Module, "__call__", plain)
+        self._undo.callback(setattr, torch.optim.Optimizer, "__init__", made)
+        self._undo.enter_context(search)
+        torch.optim.Optimizer.__init__ = init  # type: ignore[method-assign, assignment]
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _found(self, module: nn.Module) -> bool:
+        """Watch a module, if it is one that is trained; whether it is."""
+        mine = {id(p) for p in module.parameters() if p.requires_grad}
+        shares = []
+        for optimizer in self.optimizers if mine else ():
+            held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            inside = sum(p.numel() for p in held if id(p) in mine)
+            if inside and inside >= SHARE * sum(p.numel() for p in held):
+                shares.append((inside, optimizer))
+        if not shares:
+            return False
+        optimizer = max(shares, key=lambda share: share[0])[1]
+        self.watching = Watch(module, optimizer, self.folder, (), self.catalogue, self.examine_every)
+        self.watching.__enter__()
+        return True
+
+    def finish(self, error: BaseException | None) -> Diagnosis | None:
+        """End watching; return what was found of the training, None if there was none."""
+        if self.watching is None:
+            return None
+        kind = type(error) if error is not None else None
+        self.watching.__exit__(kind, error, error.__traceback__ if error is not None else None)
+        return self.watching.diagnosis
+
+
+# ---------------------------------------------------------------- running a script as Python does
+
+
+def check_script(target: str, folder: Path, *, module: bool) -> None:
+    """Check that there is something to run, and a place to keep it.
+
+    Raises:
+        BadInput: There is no such file, or the folder holds a run already.
+    """
+    if not module and not Path(target).is_file():
+        raise BadInput(f"{target}: no such script; -m takes the name of a module")
+    if (folder / METRICS).exists():
+        raise BadInput(f"{folder}: holds a run already; choose another --out")
+
+
+def run_script(target: str, arguments: Sequence[str], *, module: bool) -> BaseException | None:
+    """Run a script, or with `module` a module, as ``python`` does; return what it ended with, None if it just ended.
+
+    A `SystemExit` is returned like any other.
+    """
+    with _as_main(target, arguments, module=module):
+        try:
+            if module:
+                runpy.run_module(target, run_name="__main__", alter_sys=True)
+            else:
+                _execute(target)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the script's end is ours to report, then its own
+            return error
+    return None
+
+
+def _execute(path: str) -> None:
+    main = types.ModuleType("__main__")
+    main.__file__ = path
+    main.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = main  # classes of the script can be pickled, and processes that it starts find it
+    code = compile(Path(path).read_bytes(), path, "exec")
+    exec(code, main.__dict__)  # noqa: S102 - that is what was asked for
+
+
+@contextlib.contextmanager
+def _as_main(target: str, arguments: Sequence[str], *, module: bool) -> Iterator[None]:
+    """What a script sees of itself: its arguments, and where it imports from."""
+    argv, path, main = sys.argv, sys.path[:], sys.modules["__main__"]
+    sys.argv = [target, *arguments]
+    sys.path[0] = str(Path.cwd()) if module else str(Path(target).resolve().parent)
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = argv, path
+        sys.modules["__main__"] = main
+
+
+def status_of(error: BaseException | None) -> int:
+    """The exit status of a script, by what it ended with."""
+    if error is None:
+        return 0
+    if isinstance(error, SystemExit):
+        if error.code is None:
+            return 0
+        if isinstance(error.code, int):
+            return error.code
+        sys.stderr.write(f"{error.code}\n")  # as Python does
+        return 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 1
+
+
+def ended_well(error: BaseException | None) -> bool:
+    """Whether a script that ended so meant to end."""
+    return error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+
+
+def show_error(error: BaseException) -> None:
+    """Show the traceback of a script that failed as Python would have: without the lines of the lab around it."""
+    trace = error.__traceback__
+    while trace is not None and _ours(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
+
+
+def _ours(file: str) -> bool:
+    return file in (__file__, runpy.__file__) or file.startswith("<frozen runpy")
+
+
+def rank() -> int:
+    """The rank of this process, where a launcher such as torchrun started several; else 0."""
+    return int(os.environ.get("RANK", "0") or 0)

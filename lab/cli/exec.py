@@ -1,0 +1,99 @@
+"""``lab exec``: run a training script of anybody's, and say what is wrong with its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lab.cli.options import RUNS, json_option, load_catalogue, plugin_option, print_json
+
+if TYPE_CHECKING:
+    from lab.attach.script import Finder
+    from lab.diagnosis.model import Diagnosis
+
+
+@click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder; by default a new one in runs.")
+@click.option("--every", type=click.IntRange(1, 1_000_000), default=10, show_default=True, help="Steps between looks.")
+@click.option("--strict", is_flag=True, help="Exit with 1 when the training is faulty, whatever the script says.")
+@json_option
+@plugin_option
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def exec_(
+    script: str,
+    arguments: tuple[str, ...],
+    *,
+    module: bool,
+    out: Path | None,
+    every: int,
+    strict: bool,
+    as_json: bool,
+    plugins: tuple[str, ...],
+) -> int:
+    """Run SCRIPT with its ARGUMENTS as python does, watch what it trains, and say at its end what is wrong with it.
+
+    \b
+    lab exec train.py --lr 3e-4
+    lab exec --out runs/mine -m mypackage.train
+    torchrun --nproc-per-node 2 --no-python lab exec train.py
+
+    Nothing in the script changes: not what it prints, draws or computes. The diagnosis is printed on standard error,
+    and kept as diagnosis.json in the run folder. If the script fails or is interrupted, what was seen until then is
+    diagnosed.
+
+    Exit status: that of the script. With --strict, 1 when the script ends well and its training is faulty.
+    """  # noqa: D301 - to click, the character \b keeps the lines below it apart
+    catalogue = load_catalogue(plugins)
+    from lab.attach.script import Finder, check_script, ended_well, rank, run_script, show_error, status_of
+
+    folder = out or _new_name()
+    here = folder if rank() == 0 else folder / f"rank-{rank()}"
+    check_script(script, here, module=module)
+    finder = Finder(here, catalogue, every)
+    with finder:
+        error = run_script(script, arguments, module=module)
+    diagnosis = finder.finish(None if ended_well(error) else error)
+    if error is not None and not isinstance(error, SystemExit):
+        show_error(error)
+    status = status_of(error)
+    if rank() == 0:
+        _report(diagnosis, finder, script, here, as_json=as_json)
+    return 1 if strict and not status and diagnosis is not None and diagnosis.verdict == "faulty" else status
+
+
+def _report(diagnosis: Diagnosis | None, finder: Finder, script: str, folder: Path, *, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True)
+    if diagnosis is None:
+        why = "no optimiser was made" if not finder.optimizers else "no module that an optimiser trains was called"
+        click.echo(f"lab: {script}: nothing to diagnose: {why} while it ran", err=True)
+        return
+    assert finder.watching is not None
+    if as_json:
+        print_json({"run": str(folder), "scenario": "exec", **diagnosis.to_dict()})
+        return
+    from lab.cli.report import print_diagnosis
+
+    run = finder.watching.run
+    count = sum(p.numel() for p in run.parameters.values())
+    title = f"{Path(script).name}: {type(run.model).__name__}, {count:,} weights, {type(run.optimizer).__name__}"
+    print_diagnosis(diagnosis, console, title)
+    more = len(finder.optimizers) - 1
+    if more:
+        text = f"more optimisers were made: {more}; what they alone train is not watched"
+        console.print(f"[dim]{text}[/]", highlight=False)
+    where = escape(str(folder))
+    console.print(f"[dim]kept in[/] {where} [dim]· look:[/] lab diagnose {where}", soft_wrap=True)
+
+
+def _new_name() -> Path:
+    number = 1
+    while (RUNS / f"exec-{number}").exists():
+        number += 1
+    return RUNS / f"exec-{number}"

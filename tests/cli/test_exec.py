@@ -1,0 +1,177 @@
+"""``lab exec``: scripts of other people, watched and left as they are; each with a mistake, and without."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab.cli import status_of
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+# What each script's mistake should be called, and where it is.
+MISTAKES = {
+    "batch_first": ("attention.rows_mixed", "encoder.layers.0.self_attn"),
+    "causal_mask": ("mask.future_leak", "transformer_encoder.layers.0.self_attn"),
+    "clip_after_step": ("clip.ineffective", "clipping"),
+    "functional_dropout": ("evaluation.dropout", "pool"),
+    "labels_not_shifted": ("targets.not_shifted", "targets"),
+    "labels_shifted_twice": ("targets.shifted_twice", "targets"),
+    "log_of_softmax": ("numerics.nonfinite_gradient", "out"),
+    "new_head": ("optimizer.missing_parameter", "head.weight"),
+    "running_loss": ("performance.retained_graph", "loop"),
+    "softmax_twice": ("loss.softmax_twice", "loss"),
+    "train_mode": ("loop.evaluation_mode", "loop"),
+    "zero_grad": ("loop.no_zero_grad", "loop"),
+}
+
+
+def diagnosed(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> dict[str, object]:
+    """Run ``lab exec --json`` in this process; return what it says of the run."""
+    assert status_of(["exec", "--json", "--out", str(folder), *arguments]) == 0
+    out = capsys.readouterr().out
+    found: dict[str, object] = json.loads(out[out.index('{\n  "run"') :])
+    assert found == {"run": str(folder), "scenario": "exec", **json.loads((folder / "diagnosis.json").read_text())}
+    return found
+
+
+def test_every_script_is_listed() -> None:
+    assert {path.stem for path in SCRIPTS.glob("*.py")} == set(MISTAKES)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_script_with_a_mistake_is_told_which(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    found = diagnosed(capsys, tmp_path / "run", str(SCRIPTS / f"{name}.py"), "--bug")
+    causes = [(cause["id"], cause["at"]) for cause in found["causes"]]  # type: ignore[attr-defined]
+    assert causes == [MISTAKES[name]]
+    assert found["unexplained"] == []
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_same_script_without_it_is_healthy(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    found = diagnosed(capsys, tmp_path / "run", str(SCRIPTS / f"{name}.py"))
+    assert found["symptoms"] == []
+    assert found["verdict"] == "healthy"
+
+
+# ---------------------------------------------------------------- nothing of the script changes
+
+
+def python(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+EXEC = ("-c", "from lab.cli import main; main()", "exec")
+
+TRAINING = """
+import pickle, sys, torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop, self.a, self.b = nn.Dropout(0.5), nn.Linear(6, 16), nn.Linear(16, 3)
+    def forward(self, x):
+        return self.b(self.drop(torch.relu(self.a(x))))
+
+if __name__ == "__main__":
+    print(sys.argv[1:], __file__, sys.path[0])
+    torch.manual_seed(0)
+    net = Net()
+    opt = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for step in range(int(sys.argv[1])):
+        x = torch.randn(16, 6)
+        loss = nn.functional.cross_entropy(net(x), x[:, :3].argmax(1))
+        opt.zero_grad(); loss.backward(); opt.step()
+        print(loss.item().hex(), torch.rand(1).item().hex())
+    assert pickle.loads(pickle.dumps(net)).state_dict().keys() == net.state_dict().keys()
+    print(sorted(vars(net)), [dict(m._forward_hooks) for m in net.modules()] if len(sys.argv) > 2 else "")
+    TAIL
+"""
+
+
+def script(folder: Path, tail: str = "pass") -> Path:
+    path = folder / "train.py"
+    path.write_text(TRAINING.replace("TAIL", tail))
+    return path
+
+
+def test_a_script_prints_draws_and_computes_what_it_does_alone(tmp_path: Path) -> None:
+    path = script(tmp_path)
+    alone = python(str(path), "12", cwd=tmp_path)
+    watched = python(*EXEC, "--out", "run", str(path), "12", cwd=tmp_path)
+    assert alone.returncode == watched.returncode == 0
+    assert alone.stdout == watched.stdout
+    assert "healthy" in watched.stderr
+    assert "Net, 163 weights, Adam" in watched.stderr
+    assert (tmp_path / "run" / "diagnosis.json").is_file()
+
+
+def test_a_module_is_run_by_its_name(tmp_path: Path) -> None:
+    script(tmp_path)
+    watched = python(*EXEC, "--out", "run", "-m", "train", "12", cwd=tmp_path)
+    assert watched.returncode == 0, watched.stderr
+    assert watched.stdout.startswith("['12']")
+    assert "healthy" in watched.stderr
+
+
+@pytest.mark.parametrize(
+    ("tail", "status", "said"),
+    [
+        ("sys.exit(7)", 7, ""),
+        ("sys.exit('no more data')", 1, "no more data"),
+        ("raise KeyError('epoch')", 1, "KeyError: 'epoch'"),
+    ],
+)
+def test_a_script_ends_as_it_would_and_is_diagnosed_until_there(
+    tmp_path: Path, tail: str, status: int, said: str
+) -> None:
+    path = script(tmp_path, tail)
+    alone = python(str(path), "12", cwd=tmp_path)
+    watched = python(*EXEC, "--out", "run", str(path), "12", cwd=tmp_path)
+    assert alone.returncode == watched.returncode == status
+    assert said in alone.stderr
+    assert said in watched.stderr
+    if "raise" in tail:  # the traceback is the script's own
+        assert watched.stderr.startswith(alone.stderr)
+    assert json.loads((tmp_path / "run" / "diagnosis.json").read_text())["verdict"] == "inconclusive"
+    assert "12 steps were seen" in (tmp_path / "run" / "diagnosis.json").read_text()
+
+
+def test_strict_is_for_the_training_not_for_the_script(tmp_path: Path) -> None:
+    buggy = str(SCRIPTS / "zero_grad.py")
+    assert python(*EXEC, "--strict", "--out", "a", buggy, "--bug", cwd=tmp_path).returncode == 1
+    assert python(*EXEC, "--out", "b", buggy, "--bug", cwd=tmp_path).returncode == 0
+
+
+# ---------------------------------------------------------------- what cannot be watched
+
+
+def test_a_script_that_trains_nothing_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hello.py"
+    path.write_text("print('hello')")
+    assert status_of(["exec", "--out", str(tmp_path / "run"), str(path)]) == 0
+    told = capsys.readouterr()
+    assert told.out == "hello\n"
+    assert told.err.strip() == f"lab: {path}: nothing to diagnose: no optimiser was made while it ran"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(["exec", str(tmp_path / "none.py")]) == 2
+    assert "none.py: no such script; -m takes the name of a module" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_the_script_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "touch.py"
+    path.write_text(f"open({str(marker)!r}, 'w').close()")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.db").touch()
+    assert status_of(["exec", "--out", str(tmp_path / "run"), str(path)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert not marker.exists()
