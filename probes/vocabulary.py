@@ -100,7 +100,8 @@ def vocabulary_class_left_out(history: History) -> Iterator[Symptom]:
         raise NotChecked(OTHERS)
     loss = series.values
     whole, without, left = (history.series(f"vocabulary.{n}").values for n in ("whole", "without", "left_out"))
-    off = np.abs(loss - whole) / np.maximum(1, np.abs(loss))
+    with np.errstate(invalid="ignore"):  # of a loss that is not finite nothing fits
+        off = np.abs(loss - whole) / np.maximum(1, np.abs(loss))
     fits = np.abs(loss - without) <= ROUNDING * np.maximum(1, np.abs(loss))
     if not np.any(fits | (off <= APART)):
         raise NotChecked("the loss is no form of the cross-entropy that is known here")
