@@ -69,7 +69,7 @@ WRONG_MERGE = Cause(
     title="Heads are put together along the wrong axis",
     must=("attention.beside",),
     may=("causality.leak", "causality.blind"),
-    cannot=("attention.rows", "attention.future"),
+    cannot=("attention.rows", "attention.future", "mixing.rows"),  # heads and positions change places, rows do not
     locate=("attention.beside", "causality.future"),
     repair="Exchange heads and positions before joining: x.transpose(1, 2).reshape(B, T, H * D) for x [B H T D]. A "
     "reshape alone has the right shape and mixes positions.",
