@@ -50,7 +50,9 @@ class Backward(Probe):
         if step.thorough and step.part == step.parts - 1 and gradient.dim():
             self._sent = gradient.detach()  # until the examination, a moment later
 
-    def lab_before_update(self, run: Run) -> None:
+    def lab_before_update(self, run: Run, step: Step) -> None:
+        if not step.thorough:
+            return
         held = run.held
         asked = {name: p for name, p in run.parameters.items() if p.requires_grad and id(p) in held}
         self._missing = [name for name, p in asked.items() if p.grad is None]

@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from lab import History, Run, Site, Step
 
 
-@probe("numerics", title="Is the loss of finite logits finite?", cost="one pass over the logits, each step")
+@probe(
+    "numerics",
+    title="Is the loss of finite logits finite?",
+    every=10,
+    cost="one pass over the logits, on measured steps",
+)
 class Numerics(Probe):
-    """Compares the loss of a classifier with what goes into it, in each step.
+    """Compares the loss of a classifier with what goes into it.
+
+    In the first three steps, each tenth and those that are examined, and in those whose loss is not finite; on a GPU,
+    which is not waited for, in each step.
 
     Records ``logits.spread``, the largest logit less the smallest (not finite where a logit is not),
     ``logits.targets``, how many targets count, and ``logits.loss``, the loss that was propagated backward.
@@ -28,7 +36,7 @@ class Numerics(Probe):
         self._run = run
         self._spreads: list[Tensor] = []
         if run.sites.output:
-            self.read(run, run.sites.output, self._see)
+            run.sites.read(run.sites.output, run.plugins.guard(self, self._see), lambda: True)
 
     def _see(self, _site: Site, logits: Tensor) -> None:
         if self._run.step.parts > 1:  # of several parts only the last one's logits are left at the end
@@ -38,6 +46,8 @@ class Numerics(Probe):
         spreads, self._spreads = self._spreads, []
         targets = step.batch.targets if step.batch is not None else None
         if step.loss is None or step.logits is None or targets is None or targets.is_floating_point():
+            return
+        if self.is_finite(step.loss.sum()) and not self.due(step):
             return
         if step.loss.numel() != 1 or step.loss.dtype not in (torch.float32, torch.float64):
             return
