@@ -17,14 +17,18 @@ MISTAKES = {
     "batch_first": ("attention.rows_mixed", "encoder.layers.0.self_attn"),
     "causal_mask": ("mask.future_leak", "transformer_encoder.layers.0.self_attn"),
     "clip_after_step": ("clip.ineffective", "clipping"),
+    "float64_table": ("performance.float64", ""),
     "functional_dropout": ("evaluation.dropout", "pool"),
     "labels_not_shifted": ("targets.not_shifted", "targets"),
     "labels_shifted_twice": ("targets.shifted_twice", "targets"),
     "log_of_softmax": ("numerics.nonfinite_gradient", "out"),
     "new_head": ("optimizer.missing_parameter", "head.weight"),
+    "normal_init": ("init.too_large", "body.layers.0.self_attn"),
+    "rewrapped": ("loop.detached", "word"),
     "running_loss": ("performance.retained_graph", "loop"),
     "softmax_twice": ("loss.softmax_twice", "loss"),
     "train_mode": ("loop.evaluation_mode", "loop"),
+    "two_optimizers": ("optimizer.missing_parameter", "bridge.weight"),
     "zero_grad": ("loop.no_zero_grad", "loop"),
 }
 
