@@ -51,6 +51,7 @@ MERGED_STALE = Cause(
     id="tuning.merged_stale",
     title="Evaluation uses weights that an adapter was merged into before it was trained further",
     must=("adapter.stale",),
+    may=("stale.same",),  # the layer as a whole does not change with its factors either
     repair="Merge last, and again after each further update: merge_adapter() before, unmerge_adapter() after an "
     "evaluation. Whatever keeps a merged weight has to forget it when the factors change, not when the mode does.",
     refute="In evaluation mode, too, the layer named gives another output with other factors.",

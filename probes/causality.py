@@ -193,9 +193,10 @@ def _leak(history: History, metric: str, site: str) -> tuple[int, float] | None:
 )
 def causality_future(history: History) -> Iterator[Symptom]:
     """Where the targets are the next tokens, ``d out_i / d x_j = 0`` for j > i, or the model is shown the answer."""
+    causal = _is_causal(history)
     if not len(history.series("causality.future").finite):
         raise NotChecked("the outputs were not finite when it was tried")
-    if _is_causal(history) and (found := _leak(history, "causality.future", "")):
+    if causal and (found := _leak(history, "causality.future", "")):
         step, share = found
         yield Symptom(
             at="",
