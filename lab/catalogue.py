@@ -165,13 +165,21 @@ class Probe(Plugin):
             return True
         return step.thorough if self.info.seldom else step.examined
 
-    def read(self, run: Run, pattern: str, see: Callable[[Site, Tensor], None], *, grad: bool = False) -> list[Site]:
-        """Call ``see(site, value)`` for every matching site on steps that are due; return those sites.
+    def read(
+        self,
+        run: Run,
+        pattern: str,
+        see: Callable[[Site, Tensor], None],
+        *,
+        grad: bool = False,
+        always: bool = False,
+    ) -> list[Site]:
+        """Call ``see(site, value)`` for every matching site on steps that are due, or `always`; return those sites.
 
         The value belongs to the model: `see` must not write into it. If `see` raises, this probe is set aside.
         """
         guarded = run.plugins.guard(self, see)
-        return run.sites.read(pattern, guarded, lambda: self.due(run.step), grad=grad)
+        return run.sites.read(pattern, guarded, lambda: always or self.due(run.step), grad=grad)
 
     @staticmethod
     def is_finite(number: Tensor) -> bool | None:

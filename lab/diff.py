@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from lab.store import History
 
 TOLERANCE = 1e-5  # of the larger value: float32 rounds to 6e-8, and sums of many lose two digits
-
-
 SETTINGS = ("seed", "steps", "model", "data", "train", "fault")  # of a scenario, what a run depends on
 
 
@@ -26,6 +24,7 @@ class Stage(NamedTuple):
     backward: bool = False
 
 
+PLACES = ("activation.rms", "gradient.norm")  # at the sites, and by parameter: what a model is made of
 # In the order in which a step goes through them.
 STAGES = (
     Stage("weights at the start", "start.scale"),
@@ -120,7 +119,7 @@ def compare(a: Results, b: Results, tolerance: float = TOLERANCE) -> Difference:
             break
     told = [{key: run.about.get("scenario", {}).get(key) for key in SETTINGS} for run in (a, b)]
     settings = _settings(told[0], told[1])
-    mine, others = ({s for m in (STAGES[3], STAGES[7]) for s in h.sites(m.metric)} for h in (a.history, b.history))
+    mine, others = ({site for metric in PLACES for site in h.sites(metric)} for h in (a.history, b.history))
     only = tuple(sorted(mine - others)), tuple(sorted(others - mine))
     return Difference(first, place, compared, closest, settings, only, tolerance)
 

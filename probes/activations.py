@@ -44,10 +44,9 @@ class Activations(Probe):
         self._factors: dict[tuple[float, ...], Tensor] = {}
         self._last: tuple[int, Tensor, Tensor] | None = None
         self._kept: list[tuple[Site, Tensor]] = []
-        see = run.plugins.guard(self, self._see)
         for site in run.sites.match("**"):
             if site.name.rpartition(".")[2] not in INSIDE_ATTENTION:
-                run.sites.read(site.name, see, lambda: True)
+                self.read(run, site.name, self._see, always=True)
 
     def _see(self, site: Site, value: Tensor) -> None:
         if not value.is_floating_point() or value.numel() == 0:

@@ -8,7 +8,7 @@ from lab import NotChecked, Probe, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -37,12 +37,12 @@ class Gradients(Probe):
         self._seen: dict[str, Tensor] = {}
         self._carried: list[Tensor | None] = []
         if run.sites.output:
-            self._read(run, run.sites.output, self._backward_begins)
+            self.read(run, run.sites.output, self._backward_begins, grad=True, always=True)
         # Those made of other modules: what happens inside a leaf shows in the gradients of its parameters.
         inner = {name for name, module in run.model.named_modules() if next(module.children(), None) is not None}
         for site in run.sites.match("**.out"):
             if site.module in inner:
-                self._read(run, site.name, self._see)
+                self.read(run, site.name, self._see, grad=True, always=True)
 
     def _backward_begins(self, _site: Site, _value: Tensor) -> None:
         """The gradient at the output is the first of a backward pass; nothing has been added to any parameter yet."""
@@ -59,9 +59,6 @@ class Gradients(Probe):
         elif self._carried:
             step.record("gradient.carried", 0.0)
         self._carried.clear()
-
-    def _read(self, run: Run, site: str, see: Callable[[Site, Tensor], None]) -> None:
-        run.sites.read(site, run.plugins.guard(self, see), lambda: True, grad=True)
 
     def _see(self, site: Site, value: Tensor) -> None:
         self._seen[site.name] = value

@@ -36,7 +36,7 @@ class Numerics(Probe):
         self._run = run
         self._spreads: list[Tensor] = []
         if run.sites.output:
-            run.sites.read(run.sites.output, run.plugins.guard(self, self._see), lambda: True)
+            self.read(run, run.sites.output, self._see, always=True)
 
     def _see(self, _site: Site, logits: Tensor) -> None:
         if self._run.step.parts > 1:  # of several parts only the last one's logits are left at the end

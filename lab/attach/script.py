@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lab.attach.watch import Watch
-from lab.errors import BadInput
+from lab.errors import BadInput, one_line
 from lab.files import METRICS
 
 if TYPE_CHECKING:
@@ -117,6 +117,9 @@ def run_script(target: str, arguments: Sequence[str], *, module: bool) -> BaseEx
     """Run a script, or with `module` a module, as ``python`` does; return what it ended with, None if it just ended.
 
     A `SystemExit` is returned like any other.
+
+    Raises:
+        BadInput: There is no such module.
     """
     with _as_main(target, arguments, module=module):
         try:
@@ -125,6 +128,8 @@ def run_script(target: str, arguments: Sequence[str], *, module: bool) -> BaseEx
             else:
                 _execute(target)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the script's end is ours to report, then its own
+            if module and isinstance(error, ImportError) and _outside(error) is None:
+                raise BadInput(f"-m {target}: {one_line(error)}") from None
             return error
     return None
 
@@ -174,10 +179,16 @@ def ended_well(error: BaseException | None) -> bool:
 
 def show_error(error: BaseException) -> None:
     """Show the traceback of a script that failed as Python would have: without the lines of the lab around it."""
+    trace = _outside(error)
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
+
+
+def _outside(error: BaseException) -> types.TracebackType | None:
+    """The part of a traceback that is neither the lab's nor Python's own way of starting a module; None if none is."""
     trace = error.__traceback__
     while trace is not None and _ours(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
-    sys.excepthook(type(error), error.with_traceback(trace), trace)
+    return trace
 
 
 def _ours(file: str) -> bool:

@@ -53,9 +53,11 @@ def diff(a: Path, b: Path, *, tolerance: float, as_json: bool) -> int:
 
 
 def _print(found: Difference, console: Console) -> None:
+    from rich.markup import escape
+
     first, place = found.first, found.place
     for key, (x, y) in found.settings.items():
-        console.print(f"[dim]setting[/]  {key}: {x!r} and {y!r}", soft_wrap=True)
+        console.print(f"[dim]setting[/]  {key}: {escape(f'{x!r} and {y!r}')}", soft_wrap=True)
     for which, sites in zip("AB", found.only, strict=True):
         if sites:
             console.print(f"[dim]only in {which}[/]  {', '.join(sites[:6])}{', ...' if len(sites) > 6 else ''}")

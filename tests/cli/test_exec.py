@@ -169,6 +169,11 @@ def test_a_script_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "none.py: no such script; -m takes the name of a module" in capsys.readouterr().err
 
 
+def test_a_module_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(["exec", "--out", str(tmp_path / "run"), "-m", "no_such_module"]) == 2
+    assert "lab: -m no_such_module: ImportError: No module named no_such_module" in capsys.readouterr().err
+
+
 def test_a_folder_that_holds_a_run_is_refused_before_the_script_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
