@@ -92,7 +92,7 @@ class Generation(Probe):
         begin, cache = length // 2, Cache()
         whole, again = _Calls(), _Calls()
         with _Listening(run.model, whole, everywhere=everywhere):
-            full = run.call(asked(batch, tokens))
+            full = alone(run, batch, tokens)
         # Without a cache, from the beginning of the row to each position: how far rounding alone can go here.
         prefixes = [run.call(asked(batch, tokens[:, : t + 1]))[:, -1:] for t in range(begin, length)]
         parts = []
@@ -117,6 +117,20 @@ class Generation(Probe):
 def asked(batch: Batch, tokens: Tensor, cache: Cache | None = None) -> Batch:
     """The call for these tokens, with a cache if there is one."""
     return dataclasses.replace(batch, args=(tokens,), kwargs={} if cache is None else {"cache": cache}, targets=None)
+
+
+def alone(run: Run, batch: Batch, tokens: Tensor) -> Tensor:
+    """What the model answers to tokens and nothing else.
+
+    Raises:
+        NotChecked: It has to be told more, as a decoder its source.
+    """
+    try:
+        return run.call(asked(batch, tokens))
+    except LabError:
+        raise
+    except Exception as error:  # noqa: BLE001 - another library's model may raise anything
+        raise NotChecked(f"the model cannot be called with tokens alone ({type(error).__name__})") from None
 
 
 class _Calls:

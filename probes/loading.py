@@ -18,7 +18,7 @@ UNSEEN = "no weights were loaded while the run was built"
 FEWEST = 256  # elements; of fewer, the cosine tells little
 SPREADS = 6.0  # standard deviations of the cosine of two draws at random; a billion matrices stay below
 LOOKS = 3
-PAIRS = 4
+HEADS = 4
 HALF = 0.5  # a row of padding may be 0 in both; of two random tables far less than a hundredth is equal, in 8 bits even
 NO_TABLES = "no two tables of the same shape are trained, one for the tokens and one for the logits"
 
@@ -151,7 +151,8 @@ def loading_replaced(history: History) -> Iterator[Symptom]:
 class Ties(Probe):
     """Compares the table of the tokens with that of the logits, where they have one shape; a tied one with itself.
 
-    Records, by the name of the second, ``ties.equal``: the share of elements that are equal, and not 0.
+    Records, by the name of the second, ``ties.equal``: the share of elements that are equal, and not 0; of several
+    tables of that shape, as where there are as many positions as tokens, the one that it equals most.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -161,13 +162,18 @@ class Ties(Probe):
         kinds = {name: run.model.get_submodule(name.rpartition(".")[0]) for name in tables}
         tokens = [n for n, kind in kinds.items() if isinstance(kind, torch.nn.Embedding) or _looks_up(kind)]
         heads = [n for n in tables if n not in tokens]
-        pairs = [(a, b) for b in heads for a in tokens if tables[a].shape == tables[b].shape]
-        self._pairs = [(b, tables[a], tables[b]) for a, b in pairs if tables[a].device == tables[b].device][-PAIRS:]
+        found = [(b, tables[b], [tables[a] for a in tokens if _comparable(tables[a], tables[b])]) for b in heads]
+        self._found = [(name, b, beside) for name, b, beside in found if beside][-HEADS:]
 
     def lab_before_update(self, step: Step) -> None:
         if self.due(step):
-            for name, a, b in self._pairs:
-                step.record("ties.equal", ((a.detach() == b.detach()) & (a.detach() != 0)).float().mean(), name)
+            for name, b, beside in self._found:
+                equal = [((a.detach() == b.detach()) & (b.detach() != 0)).float().mean() for a in beside]
+                step.record("ties.equal", torch.stack(equal).amax(), name)
+
+
+def _comparable(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device
 
 
 def _looks_up(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lab import LabError, NotChecked, Probe, Symptom, probe, rule, torch
 
-from .generation import POSITIONS, Cache, asked, gap
+from .generation import POSITIONS, Cache, alone, asked, gap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,12 +44,12 @@ class Requests(Probe):
         row = inputs[:1, :POSITIONS]
         run.model.eval()
         with torch.no_grad():
-            alone = [run.call(asked(batch, row)) for _ in range(2)]
+            without = [alone(run, batch, row) for _ in range(2)]
             try:
                 after = [self._after(run, batch, row, before) for before in (row, row[:, :1].expand_as(row))]
             except (LabError, TypeError, AttributeError, ValueError, RuntimeError) as error:
                 raise NotChecked(f"the model's cache is of another kind ({type(error).__name__})") from None
-        step.record("requests.repeat", gap(*alone))
+        step.record("requests.repeat", gap(*without))
         step.record("requests.gap", gap(*after))
 
     def _after(self, run: Run, batch: Batch, row: Tensor, before: Tensor) -> Tensor:

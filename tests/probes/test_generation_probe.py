@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
+import lab
 from lab import History, NotChecked, Row
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from conftest import SmallRun
 
 generation_cached = importlib.import_module("lab.probes.generation").generation_cached
@@ -49,6 +55,35 @@ def test_what_it_cannot_judge() -> None:
     with pytest.raises(NotChecked, match="without a cache"):
         list(generation_cached.judge(made(cached_gap=0.5, repeat_gap=0.4)))
     assert [s.seen for s in generation_cached.judge(made(cached_gap=0.5, repeat_gap=0.0))] == [0.5]
+
+
+class Told(nn.Module):
+    """A decoder that has to be told its source, and takes a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def forward(self, tokens: torch.Tensor, source: torch.Tensor | None = None, cache: Any = None) -> torch.Tensor:
+        if source is None:
+            raise ValueError("a source, please")
+        answer: torch.Tensor = self.head(self.embed(tokens) + self.embed(source).mean(1, keepdim=True))
+        return answer
+
+
+def test_a_decoder_that_needs_its_source_is_not_checked_and_no_probe_fails(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Told()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(12):
+            x = torch.randint(11, (8, 6))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x, source=x).flatten(0, 1), (x * 3 % 11).flatten()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    for rule in ("generation.cached", "generation.cached_module", "requests.leaked"):
+        assert "tokens alone" in watch.diagnosis.not_checked[rule]
+    assert watch.diagnosis.verdict == "healthy"
 
 
 def made(**values: float) -> History:

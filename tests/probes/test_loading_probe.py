@@ -168,18 +168,39 @@ class Foreign(nn.Module):
         return answer
 
 
-@pytest.mark.parametrize(("fill", "found"), [("", 0), ("tied", 0), ("zero", 0), ("frozen", 0), ("copied", 1)])
-def test_in_a_loop_of_ones_own(tmp_path: Path, fill: str, found: int) -> None:
-    torch.manual_seed(0)
-    model = Foreign(fill)
+def untied(folder: Path, model: nn.Module) -> list[str]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+    with lab.watch(model, optimizer, out=folder / "run") as watch:
         for _ in range(24):
             x = torch.randint(1, 11, (8, 6))
             optimizer.zero_grad()
             F.cross_entropy(model(x).flatten(0, 1), (x * 3 % 11).flatten()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    assert [s.id for s in watch.diagnosis.symptoms if s.id == "ties.apart"] == ["ties.apart"] * found
+    return [s.at for s in watch.diagnosis.symptoms if s.id == "ties.apart"]
+
+
+@pytest.mark.parametrize(("fill", "found"), [("", 0), ("tied", 0), ("zero", 0), ("frozen", 0), ("copied", 1)])
+def test_in_a_loop_of_ones_own(tmp_path: Path, fill: str, found: int) -> None:
+    torch.manual_seed(0)
+    assert untied(tmp_path, Foreign(fill)) == ["lm_head.weight"] * found
+
+
+class Placed(Foreign):
+    """Of as many positions as tokens, which makes another table of that shape."""
+
+    def __init__(self, fill: str) -> None:
+        super().__init__(fill)
+        self.places = nn.Embedding(11, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.lm_head(self.emb(x) + self.places(torch.arange(x.shape[1])))
+        return answer
+
+
+@pytest.mark.parametrize(("fill", "found"), [("", 0), ("tied", 0), ("copied", 1)])
+def test_a_table_of_positions_is_not_what_a_head_is_tied_to(tmp_path: Path, fill: str, found: int) -> None:
+    torch.manual_seed(0)
+    assert untied(tmp_path, Placed(fill)) == ["lm_head.weight"] * found
 
 
 def test_a_model_of_the_lab_has_the_names_that_faults_use() -> None:
