@@ -29,12 +29,14 @@ ALL = 0.99  # of the targets
 class Causality(Probe):
     """Differentiates the output at one position, another in each row, by the inputs at every position.
 
+    Only at positions that have a target: what a model makes of padding, or of a question, may come from anywhere.
+
     Records ``causality.next_token`` (the share of targets that are the token after: whether the model is meant to be
     causal at all), ``causality.along_rows`` and ``causality.time_first`` (that along the second axis and along the
-    first: where it is the first, the next experiment takes that for time), ``causality.future`` (the share of the
-    gradient that lies on later positions, for the whole model; NaN where it is not meant to be causal). When that is
-    not 0, the next experiment asks each module alone: ``causality.module_future``, and ``causality.module_past``, the
-    share on earlier positions.
+    first: where it is the first, the next experiment takes that for time), ``causality.asked`` (at how many positions
+    it asks), ``causality.future`` (the share of the gradient that lies on later positions, for the whole model; NaN
+    where it is not meant to be causal). When that is not 0, the next experiment asks each module alone:
+    ``causality.module_future``, and ``causality.module_past``, the share on earlier positions.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -63,28 +65,27 @@ class Causality(Probe):
         if count == length:
             raise NotChecked(f"{length} rows of {length} positions: which axis is which cannot be told")
         suspect = history.last("causality.future") > ROUNDING
-        self._differentiate(run, step, batch, (count, length), along[int(time_first)], everywhere=suspect)
+        counts = (targets.T if time_first else targets)[:count] >= 0  # [R T]
+        self._differentiate(run, step, batch, counts, along[int(time_first)], everywhere=suspect)
 
     def _differentiate(
-        self, run: Run, step: Step, batch: Batch, shape: tuple[int, int], asked: Tensor, *, everywhere: bool
+        self, run: Run, step: Step, batch: Batch, counts: Tensor, asked: Tensor, *, everywhere: bool
     ) -> None:
-        assert batch.inputs is not None
-        rows, length = shape
-        # Another position in each row, and others in the next experiment.
-        places = (torch.arange(rows, device=batch.inputs.device) * length // rows + step.index) % (
-            length - 2
-        ) + 1  # [R]
+        rows, length = counts.shape
+        places, told = _places(counts, step.index)
+        step.record("causality.asked", told.sum())
+        asked = torch.where(told.any(), asked, torch.nan)
         with torch.enable_grad(), _Calls(run.model, rows, length, everywhere=everywhere) as calls:
             logits = run.call(batch)
             if not calls.begins:
                 raise NotChecked("no module makes a vector [B T C] of each token")
-            found = (_shares(logits, begin, places) for begin in calls.begins)
+            found = (_shares(logits, begin, places, told) for begin in calls.begins)
             shares = next((share for share in found if share is not None), None)
             if shares is None:
                 raise NotChecked("the output does not depend on the embedding in a way that can be differentiated")
             step.record("causality.future", torch.where(asked > ALL, shares[0], torch.nan))
             for name, came, went in calls.made:
-                local = _shares(went, came, places)
+                local = _shares(went, came, places, told)
                 if local is not None:
                     step.record("causality.module_future", local[0], name)
                     step.record("causality.module_past", local[1], name)
@@ -140,10 +141,27 @@ class _Calls:
         )
 
 
-def _shares(went: Tensor, came: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
+def _places(counts: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Return a position in each row [R], neither its first nor its last, and whether it has a target [R].
+
+    Another in each row, and with another shift: of those in the row that have a target, if there are any.
+    """
+    rows, length = counts.shape
+    some = torch.arange(rows, device=counts.device) * length // rows + shift
+    counts = counts.clone()
+    counts[:, 0] = counts[:, -1] = False
+    number = counts.sum(1)
+    told = number > 0
+    wanted = some % number.clamp_min(1)  # which of them, from 0
+    place = (counts & (counts.cumsum(1) == wanted[:, None] + 1)).int().argmax(1)
+    return torch.where(told, place, some % (length - 2) + 1), told
+
+
+def _shares(went: Tensor, came: Tensor, places: Tensor, told: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the largest share of the gradient on later positions over the rows, and the smallest on earlier ones.
 
-    ``went`` [R T ...] or [T R ...] at ``places`` [R] is differentiated by ``came``, of the same layout.
+    ``went`` [R T ...] or [T R ...] at ``places`` [R] is differentiated by ``came``, of the same layout. Rows that are
+    not ``told`` [R] are left out.
     """
     rows = len(places)
     swap = came.shape[0] != rows
@@ -161,7 +179,7 @@ def _shares(went: Tensor, came: Tensor, places: Tensor) -> tuple[Tensor, Tensor]
     total = size.sum(-1).clamp_min(1e-30)  # [R]
     future = (size * (later > 0)).sum(-1) / total
     past = (size * (later < 0)).sum(-1) / total
-    return future.amax(), past.amin()
+    return future.where(told, 0.0).amax(), past.where(told, 1.0).amin()
 
 
 def _shifted(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -194,6 +212,8 @@ def _leak(history: History, metric: str, site: str) -> tuple[int, float] | None:
 def causality_future(history: History) -> Iterator[Symptom]:
     """Where the targets are the next tokens, ``d out_i / d x_j = 0`` for j > i, or the model is shown the answer."""
     causal = _is_causal(history)
+    if not np.any(history.series("causality.asked").values):
+        raise NotChecked("no position but the first and the last of a row has a target")
     if not len(history.series("causality.future").finite):
         raise NotChecked("the outputs were not finite when it was tried")
     if causal and (found := _leak(history, "causality.future", "")):
