@@ -14,7 +14,7 @@ from lab.sites import Sites
 from lab.store import History, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from torch.optim import Optimizer
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lab.sites import Mode
 
 Kind = Literal["histogram", "image"]
+Autocast = tuple[str, torch.dtype] | None
 IGNORED = -100  # the target that the loss leaves out, as in torch
 
 
@@ -195,7 +196,10 @@ class Run:
         device: Where the model lives.
         config: The scenario, in the lab's own runtime; None on training that the lab did not write.
         model, optimizer, data: What the build actions made.
-        scheduler: The schedule of the learning rate, to be stepped once for each update; None when none is known.
+        scheduler: The schedule of the learning rate; None when none is known.
+        scheduled: What it counts: ``update``, or ``unknown``, which may be epochs.
+        autocast: How PyTorch casts by itself where the model is trained; see `autocast_now`.
+        compiled: Modules that `torch.compile` has taken over: a hook in one would be compiled with it.
         sites: The named tensors of the model; none before it is built.
         history: What has been recorded, on the host.
         step: The current step.
@@ -214,7 +218,10 @@ class Run:
     model: nn.Module = field(init=False)
     optimizer: Optimizer = field(init=False)
     scheduler: LRScheduler | None = field(init=False, default=None)
+    scheduled: Literal["update", "unknown"] = "update"
     data: Any = field(init=False, default=None)
+    autocast: Autocast = field(init=False, default=None)
+    compiled: Collection[nn.Module] = field(init=False, default=())
     sites: Sites = field(init=False, default_factory=Sites)
     parameters: dict[str, nn.Parameter] = field(init=False)
 
@@ -239,7 +246,21 @@ class Run:
         Raises:
             TypeError: It answers none.
         """
-        return first_tensor(self.model(*batch.args, **batch.kwargs))
+        return first_tensor(self.answer(batch))
+
+    def answer(self, batch: Batch) -> Any:
+        """Call the model as training does; return all that it answers."""
+        with self.casting():
+            return self.model(*batch.args, **batch.kwargs)
+
+    def casting(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a block in which PyTorch casts as it does where the model is trained."""
+        return contextlib.nullcontext() if self.autocast is None else torch.autocast(*self.autocast)
+
+
+def autocast_now(device: str) -> Autocast:
+    """Return a kind of device and the type to which PyTorch casts there now by itself; None where it does not."""
+    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def first_tensor(answer: Any) -> Tensor:

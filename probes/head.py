@@ -33,7 +33,7 @@ class Head(Probe):
         for name, module in run.model.named_modules():
             linear = isinstance(module, torch.nn.Linear) or f"{name}.out" == run.sites.output
             weight = dict(module.named_parameters(recurse=False)).get("weight")  # of its own: not an adapter's
-            if linear and torch.is_tensor(weight) and weight.dim() == 2:
+            if linear and module not in run.compiled and torch.is_tensor(weight) and weight.dim() == 2:
                 self._handles.append(module.register_forward_pre_hook(self._note(name)))
                 run.cleanup.callback(self._handles[-1].remove)
 

@@ -106,7 +106,7 @@ def _traced(run: Run, batch: Batch) -> Trace:
     trace = Trace(values[0].shape[1] if values[0].dim() > 1 else 0)
     try:
         with torch.no_grad():
-            trace.run(run.model, values, lambda: run.model(*batch.args, **batch.kwargs))
+            trace.run(run.model, values, lambda: run.answer(batch))
     except LabError:
         raise
     except Exception as error:  # noqa: BLE001 - a compiled model, or one of a fixed length, may raise anything

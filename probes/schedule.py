@@ -28,32 +28,37 @@ class Schedule(Probe):
     """Reads the scheduler and the groups before each update.
 
     Records ``schedule.set``, the rate of the first group, ``schedule.said``, the one that the scheduler set last for
-    it, ``schedule.count``, how often it was stepped, and ``schedule.processes``, how many train together.
+    it, ``schedule.count``, how often it was stepped, ``schedule.by_update``, whether it is known to count updates, and
+    ``schedule.processes``, how many train together.
     """
 
-    def lab_start(self, run: Run) -> None:
-        self._reason = ""
-        scheduler = _inner(run.scheduler)
-        if scheduler is None:
-            self._reason = "no scheduler is known; lab.watch takes one"
-        elif isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self._reason = "a schedule that waits for a plateau is not stepped once for each update"
-        elif not (isinstance(getattr(scheduler, "last_epoch", None), int) and hasattr(scheduler, "_last_lr")):
-            self._reason = f"how often a {type(scheduler).__name__} was stepped is not known here"
-
     def lab_before_update(self, run: Run, step: Step) -> None:
-        if self._reason:
+        if _unknown(run.scheduler):
             return
         scheduler: Any = _inner(run.scheduler)
         step.record("schedule.set", _number(run.optimizer.param_groups[0]["lr"]))
         step.record("schedule.said", _number(scheduler.get_last_lr()[0]))
         step.record("schedule.count", scheduler.last_epoch)
+        step.record("schedule.by_update", float(run.scheduled == "update"))
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         step.record("schedule.processes", torch.distributed.get_world_size() if several else 1)
 
-    def lab_examine(self) -> None:
-        if self._reason:
-            raise NotChecked(self._reason)
+    def lab_examine(self, run: Run) -> None:
+        why = _unknown(run.scheduler)
+        if why:
+            raise NotChecked(why)
+
+
+def _unknown(scheduler: Any) -> str:
+    """Why nothing can be said of a schedule; empty where something can."""
+    scheduler = _inner(scheduler)
+    if scheduler is None:
+        return "no scheduler is known; lab.watch takes one"
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return "a schedule that waits for a plateau is not stepped once for each update"
+    if not (isinstance(getattr(scheduler, "last_epoch", None), int) and hasattr(scheduler, "_last_lr")):
+        return f"how often a {type(scheduler).__name__} was stepped is not known here"
+    return ""
 
 
 def _inner(scheduler: Any) -> Any:
@@ -68,7 +73,7 @@ def _number(rate: Any) -> float | Tensor:
 @rule(
     "schedule.never_stepped",
     title="The schedule is stepped",
-    reads=("schedule.count", "schedule.set"),
+    reads=("schedule.count", "schedule.set", "schedule.by_update"),
     basis="experiment",
     phase="update",
 )
@@ -79,6 +84,8 @@ def schedule_never_stepped(history: History) -> Iterator[Symptom]:
     """
     count, rate = history.series("schedule.count"), history.series("schedule.set")
     still = np.all(count.values == count.values[0]) and np.all(rate.values == rate.values[0])
+    if still and not np.all(history.series("schedule.by_update").values):
+        raise NotChecked("whether the schedule counts updates or epochs is not known")
     if still and len(count) < UPDATES:
         raise NotChecked(f"fewer than {UPDATES} updates were seen")
     if still:

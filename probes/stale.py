@@ -57,18 +57,28 @@ class Stale(Probe):
 
 @dataclass
 class _Kept:
-    """A layer, what it was given and what it then gave out, in two sums; and some of its weights as they were."""
+    """A layer, what it was given and what it then gave out, in two sums; and some of its weights as they were.
+
+    Attributes:
+        cast: How PyTorch cast by itself where the layer was called.
+        around: And how it did so where the model was called. What it keeps of weights lives as long as that.
+    """
 
     layer: nn.Module
     given: Tensor
     dtype: torch.dtype
+    cast: tuple[str, torch.dtype, bool]
+    around: tuple[str, torch.dtype, bool]
     sums: Tensor
     weights: Tensor
 
     def look(self) -> tuple[Tensor, Tensor] | None:
         """Whether it gives out the same now, and how far its weights have moved; None outside the same autocast."""
+        if _casting(self.given.device.type) != self.around:
+            return None
         try:
-            answer = self.layer(self.given)
+            with torch.autocast(*self.cast):
+                answer = self.layer(self.given)
         except RuntimeError:  # what it was given is in another format than its weights
             return None
         if answer.dtype != self.dtype:
@@ -79,7 +89,7 @@ class _Kept:
 
 
 def _first_look(run: Run, rows: Batch) -> dict[str, _Kept]:
-    given: dict[str, Tensor] = {}
+    given: dict[str, tuple[Tensor, Any]] = {}
     layers = {
         name: module
         for name, module in run.model.named_modules()
@@ -92,19 +102,26 @@ def _first_look(run: Run, rows: Batch) -> dict[str, _Kept]:
         for handle in handles:
             handle.remove()
     kept = {}
-    for name, value in given.items():
-        answer = layers[name](value)
+    for name, (value, cast) in given.items():
+        with torch.autocast(*cast):
+            answer = layers[name](value)
         if torch.is_tensor(answer):
-            kept[name] = _Kept(layers[name], value, answer.dtype, _sums(answer), _sample(layers[name]))
+            around = _casting(value.device.type)
+            kept[name] = _Kept(layers[name], value, answer.dtype, cast, around, _sums(answer), _sample(layers[name]))
     return kept
 
 
-def _keep(given: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _keep(given: dict[str, tuple[Tensor, Any]], name: str) -> Callable[..., None]:
     def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) == 1 and not kwargs and torch.is_tensor(args[0]) and args[0].is_floating_point():
-            given.setdefault(name, args[0].detach().clone())
+            given.setdefault(name, (args[0].detach().clone(), _casting(args[0].device.type)))
 
     return hook
+
+
+def _casting(device: str) -> tuple[str, torch.dtype, bool]:
+    """What `torch.autocast` needs to cast as here."""
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
 
 def _sums(answer: Tensor) -> Tensor:  # -> [2]

@@ -112,6 +112,9 @@ def _in_padding(batch: Batch, inputs: Tensor, counts: Tensor) -> Tensor:  # -> [
     the same token stands in all of the padding.
     """
     share = torch.full((), NOTHING, dtype=torch.float64, device=inputs.device)
+    # A model that shifts its labels by itself has none left for the last position.
+    asked = torch.ones_like(counts)
+    asked[:, -1] = counts[:, -1].any()
     for value in (*batch.args, *batch.kwargs.values()):
         if not torch.is_tensor(value) or value is inputs or value.shape != inputs.shape or value.is_floating_point():
             continue
@@ -121,8 +124,9 @@ def _in_padding(batch: Batch, inputs: Tensor, counts: Tensor) -> Tensor:  # -> [
             ordered = (present[:, :-1] >= present[:, 1:]).all() & present[:, 0].all()
             token = inputs.masked_fill(present, -1).amax()
             filled = (inputs.masked_fill(present, 0) == padding * token).all() & padding.any()
+            padding &= asked
             here = (counts & padding).sum().double() / padding.sum().clamp_min(1)
-            share = torch.where(binary & ordered & filled, here, share)
+            share = torch.where(binary & ordered & filled & padding.any(), here, share)
     return share
 
 
@@ -147,7 +151,10 @@ def _another_row(inputs: Tensor, targets: Tensor, counts: Tensor) -> Tensor:  # 
 
 
 def _sole(step: Step, targets: Tensor) -> Tensor | float:
-    """1 if the loss is the mean cross-entropy of these targets, or a whole part of it, and nothing beside; else 0."""
+    """1 if the loss is the mean cross-entropy of these targets, or a whole part of it, and nothing beside; else 0.
+
+    Or their sum over a number of items that the model is told, as where a batch comes in parts of unequal size.
+    """
     if step.loss is None or step.logits is None or step.loss.numel() != 1:
         return 0.0
     logits = step.logits.detach()
@@ -158,9 +165,13 @@ def _sole(step: Step, targets: Tensor) -> Tensor | float:
     y = targets.detach().reshape(-1)
     kept = y >= 0
     picked = flat.gather(-1, y.clamp(0, flat.shape[-1] - 1)[:, None]).squeeze(-1)
-    mean = ((flat.logsumexp(-1) - picked).double() * kept).sum() / kept.sum()
+    total = ((flat.logsumexp(-1) - picked).double() * kept).sum()
+    mean = total / kept.sum()
     times = mean / loss  # a loss is divided by the number of parts that its gradients are added from
     same = (times.round() >= 1) & ((times - times.round()).abs() <= SAME * times)
+    for items in step.batch.kwargs.values() if step.batch is not None else ():
+        if isinstance(items, int) or (torch.is_tensor(items) and items.numel() == 1 and _whole(items)):
+            same = same | ((loss * items - total).abs() <= SAME * total)
     nothing = (kept.sum() == 0) & (~loss.isfinite() | (loss == 0))
     return (same | nothing).double()
 
@@ -248,6 +259,22 @@ def _causal(history: History, *, sees_itself: bool) -> None:
         raise NotChecked("no output depends on the token at its own place: the targets need not be causal")
 
 
+def _told(history: History) -> tuple[int, float] | None:
+    """Return since when a causal decoder is told every target at its own place, and how many are the one before."""
+    past, itself, future = (history.series(f"told.{name}").finite.values for name in ("past", "itself", "future"))
+    for place, series in history.each("told.same"):
+        shifted = history.series("told.shifted", place).values
+        begin = run_of((series.values == 1) & (shifted < 1))
+        asked = history.series("told.asked").values[-len(series) :][begin:]
+        if len(asked) == 0 or asked.sum() < ASKED:
+            continue
+        if len(asked) < STEPS or not len(itself):
+            raise LookAgain("a decoder is told the very targets; three looks tell")
+        if np.all(future <= ROUNDING) and np.any(past > NOISE) and np.all(itself > NOISE):
+            return int(series.steps[begin]), float(shifted[begin])
+    return None
+
+
 @rule(
     "targets.copied",
     title="No output is taught the token that it is shown",
@@ -259,8 +286,17 @@ def targets_copied(history: History) -> Iterator[Symptom]:
     """Every target is the input at its own place, which the output there sees, and the model is causal.
 
     Exact: every target, in each of at least three measured steps up to now, and 64 of them. To see earlier tokens and
-    none that is later serves to predict; what is to be said is no prediction when it is shown.
+    none that is later serves to predict; what is to be said is no prediction when it is shown. The same of a decoder
+    that is told the targets beside its inputs.
     """
+    if told := _told(history):
+        step, share = told
+        text = (
+            f"from step {step} on a decoder is told at every position the target that it has to give there, which its "
+            f"output sees; {share:.0%} are the target before, as they should be"
+        )
+        yield Symptom(at="", since=step, seen=1.0, expected="the target before", text=text)
+        return
     if found := _always(history, 0):
         _causal(history, sees_itself=True)
         step, share = found

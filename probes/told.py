@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
 
-from .causality import ROUNDING, ROWS, _Calls, _shares, _shifted
+from .causality import ALL, ROUNDING, ROWS, _Calls, _shares, _shifted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lab import Batch, History, Run, Step
 
+BESIDE = {"labels", "targets"}  # names of what the loss is told, and no decoder
 NOBODY = "no decoder in this model is told the targets before: apart from its inputs, it need not be causal"
 
 
@@ -29,9 +30,12 @@ NOBODY = "no decoder in this model is told the targets before: apart from its in
 class Told(Probe):
     """Looks for tokens beside the inputs that are the targets shifted right by one, and differentiates by them.
 
-    Records ``told.shifted``, for each such argument by its place the share of its tokens that are the target before.
-    Once that is known, at the next experiment, it records ``told.future``, the share of the gradient at later
-    positions, and when that is not 0, the same for each module that comes after: ``told.module_future``.
+    Records, for each argument of tokens by its place, ``told.shifted``, the share of its tokens that are the target
+    before, and ``told.same``, the share of the targets that are the token at their own place. Once it is known that
+    all are one of these, at the next experiment, it records the share of the gradient at later positions
+    (``told.future``), at the position itself (``told.itself``) and at earlier ones (``told.past``); and when the first
+    is not 0, the same for each module that comes after: ``told.module_future``. And ``told.asked``: how many targets
+    count.
     """
 
     def lab_examine(self, run: Run, step: Step) -> None:
@@ -40,12 +44,16 @@ class Told(Probe):
         found = {} if batch is None or targets is None else _tokens(batch, targets)
         if batch is None or targets is None or not found:
             raise NotChecked(NOBODY)
-        rows, length = targets.shape
+        rows, length = next(iter(found.values())).shape
         if length < 4:
             raise NotChecked(f"{length} positions are too few")
+        targets = targets.view(rows, length)
+        counts = targets >= 0
+        step.record("told.asked", counts.sum())
         for place, tokens in found.items():
             step.record("told.shifted", _shifted(tokens, targets), place)
-        known = [place for place in found if run.history.last("told.shifted", place) > 0.99]
+            step.record("told.same", ((tokens == targets) & counts).sum() / counts.sum().clamp_min(1), place)
+        known = [place for place in found if _known(run.history, place)]
         count = min(rows, ROWS if length != ROWS else ROWS - 1)
         if known and count != length:
             told = found[known[0]]
@@ -58,14 +66,17 @@ class Told(Probe):
         places = (torch.arange(rows, device=told.device) * length // rows + step.index) % (length - 2) + 1  # [R]
         with torch.enable_grad(), _After(run.model, told, everywhere=everywhere) as calls:
             logits = run.call(batch)
-            found = (_shares(logits, begin, places) for begin in calls.begins)
+            all_told = torch.ones_like(places, dtype=torch.bool)
+            found = (_shares(logits, begin, places, all_told) for begin in calls.begins)
             share = next((share for share in found if share is not None), None)
             if share is None:
                 raise NotChecked("no module is seen to make a vector [B T C] of each token that a decoder is told")
             step.record("told.future", share[0])
+            step.record("told.past", share[1])
+            step.record("told.itself", share[2])
             for name, came, went in calls.made:
                 heard = torch.autograd.grad(came.sum(), calls.begins, retain_graph=True, allow_unused=True)
-                local = _shares(went, came, places) if any(part is not None for part in heard) else None
+                local = _shares(went, came, places, all_told) if any(part is not None for part in heard) else None
                 if local is not None:
                     step.record("told.module_future", local[0], name)
 
@@ -95,19 +106,25 @@ def _is(value: object, tokens: Tensor) -> bool:
 
 
 def _tokens(batch: Batch, targets: Tensor) -> dict[str, Tensor]:
-    """The arguments of integers [B T] beside the inputs, by their place in the call."""
-    if targets.dim() != 2:
-        return {}
-    values = enumerate((*batch.args, *batch.kwargs.values()))
+    """The arguments of integers [B T] beside the inputs, by their place in the call; the targets may be flat."""
     whole = (torch.int32, torch.int64)
-    return {
+    named = [*(("", value) for value in batch.args), *batch.kwargs.items()]
+    found = {
         str(place): value
-        for place, value in values
-        if torch.is_tensor(value)
-        and value is not batch.inputs
-        and value.dtype in whole
-        and value.shape == targets.shape
+        for place, (name, value) in enumerate(named)
+        if torch.is_tensor(value) and value.dtype in whole and value.dim() == 2 and name not in BESIDE
     }
+    found = {place: value for place, value in found.items() if value is not batch.inputs}
+    if targets.dim() == 2:
+        return {place: value for place, value in found.items() if value.shape == targets.shape}
+    fits = {place: value for place, value in found.items() if value.numel() == targets.numel()}
+    shapes = {value.shape for value in fits.values()}
+    return fits if targets.dim() == 1 and len(shapes) == 1 else {}
+
+
+def _known(history: History, place: str) -> bool:
+    """Whether an argument holds the targets, each at the next place or at its own."""
+    return history.last("told.shifted", place) > ALL or history.last("told.same", place) == 1
 
 
 def _cut(batch: Batch, told: Tensor, count: int) -> Batch:
@@ -125,7 +142,7 @@ def _cut(batch: Batch, told: Tensor, count: int) -> Batch:
 
 def _leak(history: History, metric: str, site: str) -> tuple[int, float] | None:
     """Return since when, and with what share, a decoder that is told the targets sees later ones."""
-    if not any((series.values > 0.99).any() for _, series in history.each("told.shifted")):
+    if not any((series.values > ALL).any() for _, series in history.each("told.shifted")):
         raise NotChecked(NOBODY)
     if not len(history.series("told.future").finite):
         raise NotChecked("the outputs were not finite when it was tried, or it was not yet")

@@ -1,13 +1,15 @@
 """What a training loop does between the modules, read by intercepting the PyTorch functions that it calls.
 
-``Tensor.backward`` is intercepted in every step, at the cost of one Python call; all others in examined steps only.
+Those that a loop calls once or twice in a step are intercepted in every step, at the cost of one Python call each;
+`CrossEntropyCalls`, which sees every operator, in examined steps only.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import contextlib
+import functools
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,48 +17,98 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+    from torch.optim import Optimizer
 
 
-@contextmanager
-def backward_calls(tell: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call ``tell(loss)`` before each ``loss.backward()`` while in the block."""
-    plain = Tensor.backward
+class Listener(Protocol):
+    """Who is told what a loop does."""
 
-    def backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
-        tell(self)
-        plain(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+    def backward(self, loss: Tensor) -> None:
+        """Before ``loss.backward()``; of a loss that a scaler multiplied, the loss before that."""
 
-    Tensor.backward = backward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Tensor.backward = plain  # type: ignore[method-assign]
+    def clipped(self, params: tuple[Tensor, ...], limit: float, norm: Tensor) -> None:
+        """After gradients were clipped by their joint 2-norm."""
+
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """After ``scaler.step(optimizer)``, whether it made an update or skipped it."""
 
 
-@contextmanager
-def clip_calls(tell: Callable[[tuple[Tensor, ...], float, Tensor], None]) -> Iterator[None]:
-    """Call ``tell(params, limit, norm)`` after each ``torch.nn.utils.clip_grad_norm_`` by the 2-norm, in the block.
+class Calls:
+    """While in the block, tells a listener of the calls that a loop makes.
 
-    A loop that imported the function by its own name before is not seen.
+    A loop that imported ``clip_grad_norm_`` by its own name before the block is not seen to clip.
+
+    Attributes:
+        listener: Who is told; None for nobody.
     """
-    utils: Any = torch.nn.utils
-    plain = utils.clip_grad_norm_
 
-    def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> Tensor:
-        params = (parameters,) if isinstance(parameters, Tensor) else tuple(parameters)
-        # What can be gone through once is gone. PyTorch warns of a generator that is empty, so it gets one.
-        parameters = (p for p in params) if isinstance(parameters, GeneratorType) else params
-        norm: Tensor = plain(parameters, max_norm, norm_type, *args, **kwargs)
-        if float(norm_type) == 2.0:
-            tell(params, float(max_norm), norm)
-        return norm
+    def __init__(self, listener: Listener | None = None) -> None:
+        self.listener = listener
+        self._scaled: tuple[Tensor, Tensor] | None = None
+        self._undo = contextlib.ExitStack()
 
-    utils.clip_grad_norm_ = clip_grad_norm_
-    try:
-        yield
-    finally:
-        utils.clip_grad_norm_ = plain
+    def __enter__(self) -> Self:
+        self._replace(Tensor, "backward", self._backward)
+        scaler = torch.amp.GradScaler
+        self._replace(scaler, "scale", self._scale)
+        self._replace(scaler, "step", self._scaler_step)
+        for module in (torch.nn.utils, torch.nn.utils.clip_grad):
+            self._replace(module, "clip_grad_norm_", self._clip)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+        self._scaled = None
+
+    def _replace(self, owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+        plain = getattr(owner, name)
+        self._undo.callback(setattr, owner, name, plain)
+        setattr(owner, name, functools.wraps(plain)(make(plain)))
+
+    def _backward(self, plain: Any) -> Callable[..., None]:
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            if self.listener is not None:
+                scaled = self._scaled
+                self.listener.backward(scaled[1] if scaled is not None and scaled[0] is loss else loss)
+                del scaled  # it holds the graph
+            plain(loss, *args, **kwargs)  # where a mode of functions is on, PyTorch comes here once more from there
+            self._scaled = None
+
+        return backward
+
+    def _scale(self, plain: Any) -> Callable[..., Any]:
+        def scale(scaler: Any, outputs: Any) -> Any:
+            scaled = plain(scaler, outputs)
+            if isinstance(outputs, Tensor) and isinstance(scaled, Tensor):
+                self._scaled = scaled, outputs
+            return scaled
+
+        return scale
+
+    def _scaler_step(self, plain: Any) -> Callable[..., Any]:
+        def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            answer = plain(scaler, optimizer, *args, **kwargs)
+            if self.listener is not None:
+                self.listener.scaler_stepped(optimizer)
+            return answer
+
+        return step
+
+    def _clip(self, plain: Any) -> Callable[..., Tensor]:
+        def clip_grad_norm_(
+            parameters: Any, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any
+        ) -> Tensor:
+            params = (parameters,) if isinstance(parameters, Tensor) else tuple(parameters)
+            # What can be gone through once is gone. PyTorch warns of a generator that is empty, so it gets one.
+            parameters = (p for p in params) if isinstance(parameters, GeneratorType) else params
+            norm: Tensor = plain(parameters, max_norm, norm_type, *args, **kwargs)
+            if self.listener is not None and float(norm_type) == 2.0:
+                self.listener.clipped(params, float(max_norm), norm)
+            return norm
+
+        return clip_grad_norm_
 
 
 class CrossEntropyCalls(TorchFunctionMode):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lab.sites import Component, Site, Tap, sites_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from torch.utils.hooks import RemovableHandle
 
@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 class ModuleSites:
     """The sites of any model. What the lab's own components declare inside themselves counts too.
 
+    Args:
+        model: Whose.
+        compiled: Modules that are compiled: their sites are there when asked for, not in training.
+
     Attributes:
         sites: A site ``NAME.out`` for the output of each module; ``out`` for that of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, compiled: Collection[nn.Module] = ()) -> None:
         self.sites: Sites = sites_of(model)
         self.sites.output = "out"
         self._hooks: list[tuple[nn.Module, Hook]] = []
         self._handles: list[RemovableHandle] = []
+        self._compiled = compiled
         for name, module in model.named_modules():
             if not isinstance(module, Component) or not name:
                 site = Site(f"{name}.out" if name else "out", name)
@@ -38,7 +43,8 @@ class ModuleSites:
         def attach(tap: Tap) -> None:
             hook = Hook(module, _pass_through(tap))
             self._hooks.append((module, hook))
-            self._handles.append(module.register_forward_hook(hook))
+            if module not in self._compiled:
+                self._handles.append(module.register_forward_hook(hook))
 
         return attach
 
@@ -48,10 +54,11 @@ class ModuleSites:
             handle.remove()
         self._handles.clear()
 
-    def resume(self) -> None:
-        """Put the hooks back, if they are off."""
+    def resume(self, *, everywhere: bool = False) -> None:
+        """Put the hooks back, if they are off; `everywhere`: into compiled modules too."""
         if not self._handles:
-            self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
+            hooks = [(module, hook) for module, hook in self._hooks if everywhere or module not in self._compiled]
+            self._handles = [module.register_forward_hook(hook) for module, hook in hooks]
 
 
 class Hook:

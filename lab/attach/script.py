@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import os
 import runpy
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from lab.attach.intercept import Calls
 from lab.attach.watch import Watch
 from lab.errors import BadInput, one_line
 from lab.files import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from torch.optim import Optimizer
 
     from lab.catalogue import Catalogue
     from lab.diagnosis.model import Diagnosis
@@ -31,7 +37,7 @@ class Finder:
     """While in the block, looks for a module that is trained, and watches the first.
 
     That is the outermost module that is called in training mode, with gradients on, and holds some of what an optimiser
-    holds. Nothing is slower but the calls before it is found, by one function call each.
+    holds. Nothing is slower but the calls before it is found, by one function call each, and what `Calls` intercepts.
 
     Args:
         folder: Of the run.
@@ -40,54 +46,79 @@ class Finder:
 
     Attributes:
         watching: What was found; None until then.
-        optimizers: All that were made.
+        made: How many optimisers were made.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, examine_every: int) -> None:
         self.folder, self.catalogue, self.examine_every = folder, catalogue, examine_every
         self.watching: Watch | None = None
-        self.optimizers: list[torch.optim.Optimizer] = []
+        self.made = 0
+        self._searching = True
+        # Weak: an optimiser that the script lets go of has to go.
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._schedulers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[LRScheduler]] = weakref.WeakKeyDictionary()
+        self._calls = Calls()  # from the start: the script may import by its own name what is intercepted
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         made = torch.optim.Optimizer.__init__
+        scheduled = LRScheduler.__init__
         plain = nn.Module.__call__
 
-        def init(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        @functools.wraps(made)
+        def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
             made(optimizer, *args, **kwargs)
-            self.optimizers.append(optimizer)
+            self.made += 1
+            self._optimizers.add(optimizer)
+
+        @functools.wraps(scheduled)
+        def schedule(scheduler: LRScheduler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            scheduled(scheduler, optimizer, *args, **kwargs)
+            self._schedulers[optimizer] = weakref.ref(scheduler)  # the newest is what others are chained in
+            if self.watching is not None and self.watching.run.optimizer is optimizer:
+                self.watching.run.scheduler = scheduler
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module.training and torch.is_grad_enabled() and self._found(module):
-                search.close()  # everybody's call is PyTorch's own again
+            # What is compiled keeps this function for good, since that is how a module was called when it was compiled.
+            # The compiler knows that it is compiling, and leaves the rest out.
+            if not torch.compiler.is_compiling() and self._searching and module.training and torch.is_grad_enabled():
+                self._search(module)
+                if not self._searching:
+                    search.close()  # everybody's call is PyTorch's own again
             return plain(module, *args, **kwargs)
 
         search = contextlib.ExitStack()
         search.callback(setattr, nn.Module, "__call__", plain)
         self._undo.callback(setattr, torch.optim.Optimizer, "__init__", made)
+        self._undo.callback(setattr, LRScheduler, "__init__", scheduled)
         self._undo.enter_context(search)
+        self._undo.enter_context(self._calls)
         torch.optim.Optimizer.__init__ = init  # type: ignore[method-assign, assignment]
+        LRScheduler.__init__ = schedule  # type: ignore[method-assign, assignment]
         nn.Module.__call__ = call  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
 
-    def _found(self, module: nn.Module) -> bool:
-        """Watch a module, if it is one that is trained; whether it is."""
+    def _search(self, module: nn.Module) -> None:
+        """Watch a module, if it is one that is trained."""
         mine = {id(p) for p in module.parameters() if p.requires_grad}
         shares = []
-        for optimizer in self.optimizers if mine else ():
+        for optimizer in self._optimizers if mine else ():
             held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
             inside = sum(p.numel() for p in held if id(p) in mine)
             if inside and inside >= SHARE * sum(p.numel() for p in held):
                 shares.append((inside, optimizer))
         if not shares:
-            return False
+            return
+        self._searching = False
         optimizer = max(shares, key=lambda share: share[0])[1]
-        self.watching = Watch(module, optimizer, self.folder, (), self.catalogue, self.examine_every)
+        self.watching = Watch(module, optimizer, self.folder, (), self.catalogue, self.examine_every, calls=self._calls)
+        known = self._schedulers.get(optimizer)
+        self.watching.run.scheduler = known() if known is not None else None
+        self.watching.run.scheduled = "unknown"
         self.watching.__enter__()
-        return True
 
     def finish(self, error: BaseException | None) -> Diagnosis | None:
         """End watching; return what was found of the training, None if there was none."""

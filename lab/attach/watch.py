@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from lab.attach.compiled import around, compiled_parts, original, uncompiled
 from lab.attach.findings import Findings
-from lab.attach.intercept import CrossEntropyCalls, backward_calls, clip_calls
+from lab.attach.intercept import Calls, CrossEntropyCalls
 from lab.attach.modules import Hook, ModuleSites
-from lab.context import IGNORED, Batch, Clip, Run, Step, first_tensor
+from lab.context import IGNORED, Batch, Clip, Run, Step, autocast_now, first_tensor
 from lab.files import new_folder, write_run_file
 from lab.manager import Manager, discover
 from lab.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
     from torch import Tensor, nn
@@ -112,6 +113,7 @@ class Watch:
         examine_every: int,
         scheduler: LRScheduler | None = None,
         probes: Iterable[str] | None = None,
+        calls: Calls | None = None,
     ) -> None:
         unasked = [id for id, probe in catalogue.probes.items() if not probe.info.on_request]
         chosen = [catalogue.probe(id) for id in (unasked if probes is None else probes)]
@@ -121,7 +123,12 @@ class Watch:
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         self.run = Run(folder, manager, device=device)
-        self._modules = ModuleSites(model)
+        self._called_as = model
+        compiled = compiled_parts(model)
+        self._compiled = bool(compiled)
+        self.run.compiled = compiled
+        model = original(model)
+        self._modules = ModuleSites(model, compiled)
         self.run.attach(model, optimizer, self._modules.sites)
         self.run.scheduler = scheduler
         self._session = Session(self.run, catalogue, examine_every=examine_every)
@@ -129,20 +136,21 @@ class Watch:
             manager.add(plugin)
         for probe in chosen:
             manager.add_made(probe)
+        self._calls = calls
         self._functions = CrossEntropyCalls(self._cross_entropy)
         self._undo = contextlib.ExitStack()
         self._last = self.run.step
         self._examined: Batch | None = None
 
     def __enter__(self) -> Self:
-        model, optimizer, undo = self.run.model, self.run.optimizer, self._undo
+        model, optimizer, undo = self._called_as, self.run.optimizer, self._undo
         self._session.start()
-        undo.callback(model.register_forward_pre_hook(Hook(model, self._called), with_kwargs=True).remove)
-        undo.callback(model.register_forward_hook(Hook(model, self._answered)).remove)
+        undo.enter_context(around(model, Hook(model, self._called), Hook(model, self._answered)))
         undo.callback(optimizer.register_step_pre_hook(self._before_update).remove)
         undo.callback(optimizer.register_step_post_hook(self._updated).remove)
-        undo.enter_context(backward_calls(self._backward))
-        undo.enter_context(clip_calls(self._clipped))
+        calls = undo.enter_context(Calls()) if self._calls is None else self._calls
+        calls.listener = self
+        undo.callback(setattr, calls, "listener", None)
         undo.callback(lambda: self._functions.turn(on=False))
         self._begin(0)
         return self
@@ -159,18 +167,35 @@ class Watch:
                 self.run.step = self._last
             if self._examined is not None:
                 self.run.step.batch = self._examined  # the newest whose targets are known
-            self.diagnosis = self._session.finish(ended=error is None)
+            with self._looking():
+                self.diagnosis = self._session.finish(ended=error is None)
         finally:
             self._session.close()
         if self.findings is not None:
             self.findings.tell(over=True)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Make what is compiled stand aside, and put the hooks into it, while experiments may run."""
+        if not self._compiled:
+            yield
+            return
+        self._functions.turn(on=False)
+        self._modules.pause()
+        self._modules.resume(everywhere=True)
+        try:
+            with uncompiled():
+                yield
+        finally:
+            self._modules.pause()
+            self._modules.resume()
 
     # ---------------------------------------------------------------- what the loop does
 
     def _begin(self, index: int) -> None:
         step = Step(index)
         self._session.begin_step(step)
-        self._functions.turn(on=step.examined)
+        self._functions.turn(on=step.examined and not self._compiled)
 
     @property
     def _training(self) -> bool:
@@ -182,8 +207,9 @@ class Watch:
         if model.training and torch.is_grad_enabled():
             self.run.sites.mode = "train"
             self._modules.resume()
-            self._functions.turn(on=self.run.step.examined)
+            self._functions.turn(on=self.run.step.examined and not self._compiled)
             self.run.step.batch = Batch(args, kwargs)
+            self.run.autocast = autocast_now(self.run.device.type)
         else:
             # A model that is intercepted, or has hooks, may take another path, and round otherwise.
             self.run.sites.mode = "evaluate"
@@ -194,6 +220,8 @@ class Watch:
         if self._training:
             with contextlib.suppress(TypeError):
                 self.run.step.logits = first_tensor(output)
+            # A mode of functions makes what is compiled compile again, so it begins only now.
+            self._functions.turn(on=self.run.step.examined)
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> None:
         """Take the targets of a classifier, in the shape of the model's tokens where they are one for each."""
@@ -207,21 +235,46 @@ class Watch:
             step.logits = logits.movedim(1, -1)  # cross_entropy takes classes second
         step.batch.targets = _beside(targets, inputs)
 
-    def _backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
+        """Take the loss, if it is that of a training step."""
         if self._training and loss.numel() == 1:
             self.run.step.loss = loss
 
-    def _clipped(self, params: tuple[Tensor, ...], limit: float, norm: Tensor) -> None:
+    def clipped(self, params: tuple[Tensor, ...], limit: float, norm: Tensor) -> None:
+        """Take note of a clipping of gradients."""
         self.run.step.clips.append(Clip(params, limit, norm, late=self.run.step.loss is None))
 
-    def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """Begin the step anew, if the scaler made no update: what it met was an overflow, and is none of the run's."""
+        step = self.run.step
+        if optimizer is self.run.optimizer and step.loss is not None:
+            self.run.step = Step(step.index, examined=step.examined, thorough=step.thorough)
+
+    def _before_update(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Read the gradients; where a closure makes them, when it has been called first. `args` begin with `self`."""
         step = self.run.step
         step.lr = float(optimizer.param_groups[0]["lr"])
-        self._session.before_update(step)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._session.before_update(step)
+            return None
+        waiting = [step]
+
+        def closed(*more: Any, **named: Any) -> Any:
+            answer = closure(*more, **named)
+            while waiting:
+                with torch.no_grad():
+                    self._session.before_update(waiting.pop())
+            return answer
+
+        return ((args[0], closed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closed})
 
     def _updated(self, *_: Any) -> None:
         step = self.run.step
-        self._session.end_step(step)
+        with self._looking():
+            self._session.end_step(step)
         self._last = step
         if step.examined:
             self._examined = step.batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,8 +72,11 @@ def _report(diagnosis: Diagnosis | None, finder: Finder, script: str, folder: Pa
 
     console = Console(stderr=True)
     if diagnosis is None:
-        why = "no optimiser was made" if not finder.optimizers else "no module that an optimiser trains was called"
-        click.echo(f"lab: {script}: nothing to diagnose: {why} while it ran", err=True)
+        why = "no optimiser was made" if not finder.made else "no module that an optimiser trains was called"
+        inside = (
+            "; what a compiled function calls is not seen" if finder.made and "torch._dynamo" in sys.modules else ""
+        )
+        click.echo(f"lab: {script}: nothing to diagnose: {why} while it ran{inside}", err=True)
         return
     assert finder.watching is not None
     if as_json:
@@ -84,7 +88,7 @@ def _report(diagnosis: Diagnosis | None, finder: Finder, script: str, folder: Pa
     count = sum(p.numel() for p in run.parameters.values())
     title = f"{Path(script).name}: {type(run.model).__name__}, {count:,} weights, {type(run.optimizer).__name__}"
     print_diagnosis(diagnosis, console, title)
-    more = len(finder.optimizers) - 1
+    more = finder.made - 1
     if more:
         text = f"more optimisers were made: {more}; what they alone train is not watched"
         console.print(f"[dim]{text}[/]", highlight=False)

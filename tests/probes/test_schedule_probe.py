@@ -177,13 +177,13 @@ def test_each_mistake_in_anybodys_loop_is_named(tmp_path: Path, make: Callable[.
     assert diagnosis.unexplained == ()
 
 
-COLUMNS = tuple((f"schedule.{name}", "") for name in ("set", "said", "count", "processes"))
+COLUMNS = tuple((f"schedule.{name}", "") for name in ("set", "said", "count", "processes", "by_update"))
 
 
-def found(catalogue: Catalogue, rows: list[tuple[float, float, float, float]]) -> set[str]:
+def found(catalogue: Catalogue, rows: list[tuple[float, float, float, float]], by_update: float = 1.0) -> set[str]:
     history = History()
     for index, (rate, said, count, processes) in enumerate(rows):
-        history.add(index, Row(COLUMNS, np.array([rate, said, count, processes])))
+        history.add(index, Row(COLUMNS, np.array([rate, said, count, processes, by_update])))
     return {s.id for s in judge(history, catalogue)[0]}
 
 
@@ -205,3 +205,7 @@ def test_what_is_wrong_with_a_schedule(
     catalogue: Catalogue, rows: list[tuple[float, float, float, float]], expected: set[str]
 ) -> None:
     assert found(catalogue, rows) == expected
+
+
+def test_a_schedule_that_may_count_epochs_can_stand_still(catalogue: Catalogue) -> None:
+    assert found(catalogue, [(1.0, 1.0, 0, 1)] * 10, by_update=0.0) == set()
