@@ -74,10 +74,11 @@ def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Ca
 
 
 def _family(module: ModuleType) -> list[ModuleType]:
-    """Return the module; of a package, each module in it."""
+    """Return the module; of a package, each module in it but those that it names in ``ON_REQUEST``."""
     if not hasattr(module, "__path__"):
         return [module]
-    names = sorted(info.name for info in pkgutil.iter_modules(module.__path__))
+    apart = getattr(module, "ON_REQUEST", ())
+    names = sorted(info.name for info in pkgutil.iter_modules(module.__path__) if info.name not in apart)
     return [importlib.import_module(f"{module.__name__}.{name}") for name in names]
 
 
