@@ -157,8 +157,10 @@ def _places(counts: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     return torch.where(told, place, some % (length - 2) + 1), told
 
 
-def _shares(went: Tensor, came: Tensor, places: Tensor, told: Tensor) -> tuple[Tensor, Tensor] | None:
+def _shares(went: Tensor, came: Tensor, places: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the largest share of the gradient on later positions over the rows, and the smallest on earlier ones.
+
+    And the smallest on the position itself.
 
     ``went`` [R T ...] or [T R ...] at ``places`` [R] is differentiated by ``came``, of the same layout. Rows that are
     not ``told`` [R] are left out.
@@ -179,7 +181,8 @@ def _shares(went: Tensor, came: Tensor, places: Tensor, told: Tensor) -> tuple[T
     total = size.sum(-1).clamp_min(1e-30)  # [R]
     future = (size * (later > 0)).sum(-1) / total
     past = (size * (later < 0)).sum(-1) / total
-    return future.where(told, 0.0).amax(), past.where(told, 1.0).amin()
+    itself = (size * (later == 0)).sum(-1) / total
+    return future.where(told, 0.0).amax(), past.where(told, 1.0).amin(), itself.where(told, 1.0).amin()
 
 
 def _shifted(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -268,9 +268,9 @@ def _told(history: History) -> tuple[int, float] | None:
         asked = history.series("told.asked").values[-len(series) :][begin:]
         if len(asked) == 0 or asked.sum() < ASKED:
             continue
-        if len(asked) < STEPS or not len(itself):
+        if len(asked) < STEPS:
             raise LookAgain("a decoder is told the very targets; three looks tell")
-        if np.all(future <= ROUNDING) and np.any(past > NOISE) and np.all(itself > NOISE):
+        if len(itself) and np.all(future <= ROUNDING) and np.any(past > NOISE) and np.all(itself > NOISE):
             return int(series.steps[begin]), float(shifted[begin])
     return None
 

@@ -168,6 +168,22 @@ def padding_ignored(model: Model, x: Tokens) -> torch.Tensor:
     return padded(model, x, counts=False)
 
 
+def shifted_later(model: Model, x: Tokens, *, counts: bool) -> torch.Tensor:
+    """As a model does that shifts its labels by itself: none is left for the last position."""
+    x = x[:, :-1]
+    padding = torch.arange(LENGTH) >= torch.randint(4, LENGTH - 2, (len(x), 1))
+    labels = x.masked_fill(padding, 0 if counts else -100)
+    return loss(model(x.masked_fill(padding, 0), ~padding)[0], F.pad(labels[:, 1:], (0, 1), value=-100))
+
+
+def labels_with_padding(model: Model, x: Tokens) -> torch.Tensor:
+    return shifted_later(model, x, counts=True)
+
+
+def labels_without_padding(model: Model, x: Tokens) -> torch.Tensor:
+    return shifted_later(model, x, counts=False)
+
+
 def answers(model: Model, x: Tokens) -> torch.Tensor:
     """A mask beside the tokens that says which are an answer: it is no padding, and what counts is there."""
     answer = torch.arange(LENGTH).expand(len(x), -1) >= 6
@@ -193,6 +209,7 @@ def now_and_then_nothing(model: Model, x: Tokens) -> torch.Tensor:
         (Model(), labels_along),
         (Model(), tagged),
         (Model(), padding_ignored),
+        (Model(), labels_without_padding),
         (Model(), answers),
         (Model(), now_and_then_nothing),
         (Model(shifts=True), same),
@@ -205,6 +222,7 @@ def now_and_then_nothing(model: Model, x: Tokens) -> torch.Tensor:
         "labels-along",
         "tagged",
         "padded",
+        "labels-without-padding",
         "answers",
         "some-empty",
         "shifts-by-itself",
@@ -238,6 +256,7 @@ def other_rows(model: Model, x: Tokens) -> torch.Tensor:
         (same, "targets.not_shifted"),
         (other_rows, "targets.permuted"),
         (padding_counted, "targets.padding_counted"),
+        (labels_with_padding, "targets.padding_counted"),
         (nothing, "targets.all_ignored"),
     ],
 )

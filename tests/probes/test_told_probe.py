@@ -45,38 +45,67 @@ def test_who_is_told_nothing_is_not_asked(small_run: SmallRun, train: dict[str, 
 
 
 class Translator(nn.Module):
-    """``nn.Transformer`` with a causal mask for what it is told, or without one."""
+    """``nn.Transformer`` with a causal mask for what it is told, or without one; it may shift that by itself."""
 
-    def __init__(self, *, causal: bool) -> None:
+    def __init__(self, *, causal: bool, shifts: bool = False) -> None:
         super().__init__()
-        self.causal = causal
+        self.causal, self.shifts = causal, shifts
         self.embed = nn.Embedding(12, 16)
         self.core = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
         self.head = nn.Linear(16, 12)
 
-    def forward(self, source: Tensor, told: Tensor) -> Tensor:
+    def forward(self, source: Tensor, told: Tensor, labels: Tensor | None = None) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(told.shape[1]) if self.causal else None
-        return self.head(self.core(self.embed(source), self.embed(told), tgt_mask=mask))  # type: ignore[no-any-return]
+        there = self.embed(told)
+        if self.shifts:
+            there = F.pad(there[:, :-1], (0, 0, 1, 0))
+        return self.head(self.core(self.embed(source), there, tgt_mask=mask))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_model_of_anybody_s(tmp_path: Path, causal: bool) -> None:
-    torch.manual_seed(0)
-    model = Translator(causal=causal)
+def watched(folder: Path, model: nn.Module, *, shifted: bool = True, more: int = 0, **along: bool) -> lab.Diagnosis:
+    """Train on sequences that are to be turned round, with so many tokens more behind them."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
-        for _ in range(12):
+    with lab.watch(model, optimizer, out=folder / "run") as watch:
+        for _ in range(24):
             source = torch.randint(11, (6, 9))
-            targets = source.flip(1)
-            told = torch.cat([torch.full((6, 1), 11), targets[:, :-1]], dim=1)
+            targets = F.pad(source.flip(1), (0, more))
+            told = torch.cat([torch.full((6, 1), 11), targets[:, :-1]], dim=1) if shifted else targets
             optimizer.zero_grad()
-            F.cross_entropy(model(source, told).flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
+            logits = model(source, told, labels=targets) if along else model(source, told)
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    found = [s.id for s in watch.diagnosis.symptoms if s.id.startswith("told.")]
+    return watch.diagnosis
+
+
+@pytest.mark.parametrize("more", [0, 2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_model_of_anybody_s(tmp_path: Path, causal: bool, more: int) -> None:
+    torch.manual_seed(0)
+    diagnosis = watched(tmp_path, Translator(causal=causal), more=more)
+    found = [s.id for s in diagnosis.symptoms if s.id.startswith("told.")]
     assert ("told.future" in found) != causal
-    assert "told.future" in watch.diagnosis.checked
+    assert "told.future" in diagnosis.checked
     places = [] if causal else ["core.decoder.layers.0.self_attn"]
-    assert [cause.at for cause in watch.diagnosis.causes] == places
+    assert [cause.at for cause in diagnosis.causes] == places
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, True),
+        ({"more": 2}, True),
+        ({"labels": True}, True),
+        ({"shifts": True}, False),  # it shifts what it is told, and its output sees none of what it has to give
+        ({"causal": False}, False),  # it sees all, as what encodes an answer to a code does: it predicts nothing
+        ({"shifted": True, "labels": True}, False),
+    ],
+)
+def test_a_decoder_that_is_told_what_it_has_to_give(tmp_path: Path, options: dict[str, Any], *, named: bool) -> None:
+    torch.manual_seed(0)
+    model = Translator(causal=options.pop("causal", True), shifts=options.pop("shifts", False))
+    diagnosis = watched(tmp_path, model, **{"shifted": False, **options})
+    assert [(c.id, c.at) for c in diagnosis.causes] == [("targets.not_shifted", "targets")] * named
+    assert diagnosis.unexplained == ()
 
 
 def test_nothing_is_judged_before_it_was_tried() -> None:
