@@ -37,6 +37,18 @@ ZERO_GRAD_LATE = Cause(
     source="PyTorch tutorials: optimizing model parameters (zero_grad, backward, step)",
 )
 
+PARTS_CLEARED = Cause(
+    id="loop.parts_cleared",
+    title="Gradients of the parts of a batch are cleared before they are added up",
+    must=("passes.cleared",),
+    place="loop",
+    repair="Call optimizer.zero_grad() once for each optimizer.step(), not before each part: backward() adds to what "
+    "is there, and that is how the parts become one batch.",
+    refute="When the second backward pass of a step begins, p.grad of some parameter is neither None nor 0.",
+    look="Where zero_grad() stands: inside the loop over the parts, or in a function that is called for each of them.",
+    source="bytetriper/RAE issue 67; pytorch/torchtitan pull request 3575; tatsu-lab/alpaca_farm issue 57",
+)
+
 NO_STEP = Cause(
     id="loop.no_step",
     title="The optimiser is never told to take its step",

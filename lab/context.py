@@ -102,6 +102,9 @@ class Step:
         mode: What the step is for.
         batch, logits, loss: What the actions of this step made.
         part, parts: Which part of its batch passes, from 0, and how many there are.
+        passes, cleared: How many backward passes there were, and after how many of them the gradients were cleared
+            although nothing had used them; counted in the first steps and in those that are examined, in a loop that
+            the lab did not write.
         grad_norm: The norm of all gradients before clipping.
         clips: Each clipping of gradients between the backward pass and the update, as far as it was seen.
         lr: The learning rate.
@@ -116,6 +119,8 @@ class Step:
     parts: int = 1
     logits: Tensor | None = None
     loss: Tensor | None = None
+    passes: int = 0
+    cleared: int = 0
     grad_norm: Tensor | None = None
     clips: list[Clip] = field(default_factory=list)
     lr: float | None = None

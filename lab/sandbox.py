@@ -25,7 +25,7 @@ def sandbox(model: nn.Module, sites: Sites) -> Iterator[None]:
     """Put back, at the end, weights, buffers, modes, gradients, attributes and random state exactly as they were.
 
     Of what modules keep beside tensors (a counter, a cache) that is each attribute, and what lists, dicts and sets
-    hold. Inside, gradients start from None, and the taps of probes that watch stay silent. Costs one copy of the weights
+    hold. Inside, gradients start from None, and the taps of probes that watch stay silent. Costs one copy of weights
     and buffers, which is made after the backward pass has freed the activations.
     """
     modes = [(module, module.training) for module in model.modules()]

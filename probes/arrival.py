@@ -35,9 +35,13 @@ class Arrival(Probe):
     def lab_start(self, run: Run) -> None:
         self._sent: list[Tensor] = []
         self._calls = 0
-        run.cleanup.callback(run.optimizer.register_step_post_hook(self._count).remove)
+        self._listen(run)
         if run.sites.output:
             self.read(run, run.sites.output, self._see, grad=True)
+
+    def _listen(self, run: Run) -> None:
+        self._optimizer = run.optimizer
+        run.cleanup.callback(run.optimizer.register_step_post_hook(self._count).remove)
 
     def _count(self, *_: object) -> None:
         self._calls += 1
@@ -47,6 +51,8 @@ class Arrival(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         self._calls = 0
+        if run.optimizer is not self._optimizer:  # another has taken over
+            self._listen(run)
         if not self.due(step):
             return
         held = [p for group in run.optimizer.param_groups for p in group["params"]]

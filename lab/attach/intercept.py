@@ -28,6 +28,9 @@ class Listener(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Before ``loss.backward()``; of a loss that a scaler multiplied, the loss before that."""
 
+    def propagated(self) -> None:
+        """After ``loss.backward()``."""
+
     def clipped(self, params: tuple[Tensor, ...], limit: float, norm: Tensor) -> None:
         """After gradients were clipped by their joint 2-norm."""
 
@@ -47,6 +50,7 @@ class Calls:
     def __init__(self, listener: Listener | None = None) -> None:
         self.listener = listener
         self._scaled: tuple[Tensor, Tensor] | None = None
+        self._propagating = False
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -69,12 +73,20 @@ class Calls:
 
     def _backward(self, plain: Any) -> Callable[..., None]:
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            if self.listener is not None:
-                scaled = self._scaled
-                self.listener.backward(scaled[1] if scaled is not None and scaled[0] is loss else loss)
+            # Where a mode of functions is on, PyTorch comes here once more from within.
+            listener = self.listener if not self._propagating else None
+            if listener is None:
+                plain(loss, *args, **kwargs)
+                return
+            scaled, self._scaled = self._scaled, None
+            self._propagating = True
+            try:
+                listener.backward(scaled[1] if scaled is not None and scaled[0] is loss else loss)
                 del scaled  # it holds the graph
-            plain(loss, *args, **kwargs)  # where a mode of functions is on, PyTorch comes here once more from there
-            self._scaled = None
+                plain(loss, *args, **kwargs)
+            finally:
+                self._propagating = False
+            listener.propagated()
 
         return backward
 

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lab.attach.compiled import around, compiled_parts, original, uncompiled
 from lab.attach.findings import Findings
 from lab.attach.intercept import Calls, CrossEntropyCalls
 from lab.attach.modules import Hook, ModuleSites
+from lab.attach.passes import Passes
 from lab.context import IGNORED, Batch, Clip, Run, Step, autocast_now, first_tensor
 from lab.files import new_folder, write_run_file
 from lab.manager import Manager, discover
-from lab.session import Session
+from lab.session import SOON, Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -139,15 +141,17 @@ class Watch:
         self._calls = calls
         self._functions = CrossEntropyCalls(self._cross_entropy)
         self._undo = contextlib.ExitStack()
+        self._passes = Passes(self.run)
         self._last = self.run.step
         self._examined: Batch | None = None
 
     def __enter__(self) -> Self:
-        model, optimizer, undo = self._called_as, self.run.optimizer, self._undo
+        model, undo = self._called_as, self._undo
         self._session.start()
         undo.enter_context(around(model, Hook(model, self._called), Hook(model, self._answered)))
-        undo.callback(optimizer.register_step_pre_hook(self._before_update).remove)
-        undo.callback(optimizer.register_step_post_hook(self._updated).remove)
+        # Of every optimiser: a loop may make another one on its way.
+        undo.callback(register_optimizer_step_pre_hook(self._stepping).remove)
+        undo.callback(register_optimizer_step_post_hook(self._stepped).remove)
         calls = undo.enter_context(Calls()) if self._calls is None else self._calls
         calls.listener = self
         undo.callback(setattr, calls, "listener", None)
@@ -194,6 +198,7 @@ class Watch:
 
     def _begin(self, index: int) -> None:
         step = Step(index)
+        self._passes.begin()
         self._session.begin_step(step)
         self._functions.turn(on=step.examined and not self._compiled)
 
@@ -210,6 +215,7 @@ class Watch:
             self._functions.turn(on=self.run.step.examined and not self._compiled)
             self.run.step.batch = Batch(args, kwargs)
             self.run.autocast = autocast_now(self.run.device.type)
+            self._passes.called()
         else:
             # A model that is intercepted, or has hooks, may take another path, and round otherwise.
             self.run.sites.mode = "evaluate"
@@ -237,8 +243,21 @@ class Watch:
 
     def backward(self, loss: Tensor) -> None:
         """Take the loss, if it is that of a training step."""
-        if self._training and loss.numel() == 1:
+        if not self._training:
+            return
+        if loss.numel() == 1:
             self.run.step.loss = loss
+        if self._counts_passes:
+            self._passes.backward(self.run.step)
+
+    def propagated(self) -> None:
+        """Look at the gradients that a pass left."""
+        if self._training and self._counts_passes:
+            self._passes.propagated(self.run.step)
+
+    @property
+    def _counts_passes(self) -> bool:
+        return self.run.step.index < SOON or self.run.step.examined
 
     def clipped(self, params: tuple[Tensor, ...], limit: float, norm: Tensor) -> None:
         """Take note of a clipping of gradients."""
@@ -250,6 +269,26 @@ class Watch:
         if optimizer is self.run.optimizer and step.loss is not None:
             self.run.step = Step(step.index, examined=step.examined, thorough=step.thorough)
 
+    def _stepping(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if optimizer is not self.run.optimizer:
+            if not self._takes_over(optimizer):
+                return None
+            self.run.optimizer = optimizer
+        return self._before_update(optimizer, args, kwargs)
+
+    def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer is self.run.optimizer:
+            self._updated()
+        else:
+            self._passes.other_update()
+
+    def _takes_over(self, optimizer: Optimizer) -> bool:
+        """Whether an optimiser is now what the watched one was: it holds the same, or more, and that one rests."""
+        if self.run.step.loss is None or self.run.step.index == self._last.index:
+            return False
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return self.run.held <= held
+
     def _before_update(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -258,6 +297,7 @@ class Watch:
         step.lr = float(optimizer.param_groups[0]["lr"])
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
+            self._passes.update(step)
             self._session.before_update(step)
             return None
         waiting = [step]
@@ -271,7 +311,7 @@ class Watch:
 
         return ((args[0], closed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closed})
 
-    def _updated(self, *_: Any) -> None:
+    def _updated(self) -> None:
         step = self.run.step
         with self._looking():
             self._session.end_step(step)

@@ -153,3 +153,37 @@ def test_the_schedule_and_the_clipping_are_found(
     assert [cause["id"] for cause in diagnosis["causes"]] == causes
     assert diagnosis["unexplained"] == []
     assert {"schedule.stepped_often", "clip.without_effect"} <= {check["id"] for check in diagnosis["checked"]}
+
+
+def test_an_optimiser_that_is_made_anew_is_followed(tmp_path: Path) -> None:
+    model, steps = net(), 30
+    optimizer = torch.optim.Adam(model[3].parameters(), lr=1e-3)
+    with lab.watch(model, optimizer, out=tmp_path / "run", probes=None) as watching:
+        for step in range(steps):
+            if step == 10:  # all of it is trained from here on
+                optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+            x = torch.randn(16, 8)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), x.argmax(1)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    history = watching.run.history
+    assert history.last_step == steps - 1
+    assert history.series("update.calls").values.tolist() == [1.0] * steps
+    assert watching.run.optimizer is optimizer
+
+
+def test_a_second_optimiser_of_other_weights_is_not_followed(tmp_path: Path) -> None:
+    model, head = net(), nn.Linear(8, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    other = torch.optim.Adam(head.parameters(), lr=1e-3)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watching:
+        for _ in range(12):
+            x = torch.randn(16, 8)
+            other.zero_grad()
+            optimizer.zero_grad()
+            F.cross_entropy(head(model(x)), x[:, :3].argmax(1)).backward()  # type: ignore[no-untyped-call]
+            other.step()
+            optimizer.step()
+    assert watching.run.history.last_step == 11
+    assert watching.run.optimizer is optimizer
+    assert watching.diagnosis.symptoms == ()
