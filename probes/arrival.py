@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ class Arrival(Probe):
     Records on measured steps ``arrival.output``, the largest element of the gradient at the model's output in the
     backward passes since the last update, and ``arrival.share``: the share of what may learn (trainable parameters,
     and all that the optimiser holds) whose gradient is there and not 0 when the weights are about to change; and in
-    each step ``update.calls``: how often the optimiser took a step.
+    each step ``update.calls``: how often the optimiser took a step. Where that share was 0, it listens at these
+    tensors from then on: ``arrival.reached``, the largest element of a gradient that a backward pass brought to any.
     """
 
     def lab_start(self, run: Run) -> None:
         self._sent: list[Tensor] = []
+        self._reached: list[Tensor] | None = None  # None as long as nobody listens
         self._calls = 0
         self._listen(run)
         if run.sites.output:
@@ -48,6 +50,10 @@ class Arrival(Probe):
 
     def _see(self, _site: Site, gradient: Tensor) -> None:
         self._sent.append(gradient.abs().amax())
+
+    def _arrived(self, gradient: Tensor) -> None:
+        if self._reached is not None and not gradient.is_sparse and gradient.numel():
+            self._reached.append(gradient.abs().amax())
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         self._calls = 0
@@ -66,10 +72,19 @@ class Arrival(Probe):
             share = (sizes != 0).double().sum() / len(learning)  # NaN is not 0
         step.record("arrival.share", share)
         step.record("arrival.output", torch.stack(self._sent).amax() if self._sent else 0.0)
+        if self._reached is not None:
+            step.record("arrival.reached", torch.stack(self._reached).amax() if self._reached else 0.0)
+        elif run.history.last("arrival.share") == 0:  # a hook at each parameter costs too much to be there unasked
+            self._reached = []
+            for p in learning:
+                if p.requires_grad:
+                    run.cleanup.callback(p.register_hook(self._arrived).remove)
 
     def lab_step_end(self, step: Step) -> None:
         step.record("update.calls", self._calls)
         self._sent.clear()  # what a closure propagated within the update is of this step
+        if self._reached:
+            self._reached.clear()
 
 
 @rule(
@@ -83,13 +98,19 @@ def arrival_none(history: History) -> Iterator[Symptom]:
     """A gradient that was not 0 passed the output, and no parameter has one when the weights are about to change.
 
     Neither those of the model nor those that the optimiser holds, which may be copies in another format. Exact: all
-    are None or 0, in each of at least three measured steps up to now.
+    are None or 0, in each of at least three measured steps up to now. And a backward pass has brought one to some of
+    them that is not 0: what is 0 when it arrives, as at an adapter of which the other factor is 0, nobody has cleared.
     """
     share, output = history.series("arrival.share"), history.series("arrival.output").values
     if not np.any(output > 0):
         raise NotChecked("no gradient was seen at the output before an update")
     begin = share.until_now((share.values == 0) & (output > 0), LOOKS)
     if begin is not None:
+        reached = history.series("arrival.reached").values
+        if not len(reached):
+            raise LookAgain("no parameter has a gradient; whether one was brought there shows in the next step")
+        if not np.any(reached > 0):
+            raise NotChecked("every gradient that a backward pass brings to a parameter is 0 there, if there is any")
         step, sent = int(share.steps[begin]), float(output[begin])
         yield Symptom(
             at="",

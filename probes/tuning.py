@@ -43,12 +43,12 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
 
 
 def adapters_of(model: nn.Module) -> list[Adapter]:
-    """Return the layers with a trainable adapter: two factors whose product has the shape of the weight beside them."""
+    """Return the layers with an adapter: two factors, of which one is trained, with a product of the weight's shape."""
     found = []
     for name, layer in model.named_modules():
         for base, down, up in NAMES:
             weight, a, b = (_parameter(layer, path) for path in (f"{base}.weight", down, up))
-            if weight is None or a is None or b is None or not (a.requires_grad and b.requires_grad):
+            if weight is None or a is None or b is None or not (a.requires_grad or b.requires_grad):
                 continue
             if weight.dim() == a.dim() == b.dim() == 2 and (b.shape[0], a.shape[1]) == tuple(weight.shape):
                 if a.shape[0] == b.shape[1]:
@@ -66,7 +66,8 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
 class Adapters(Probe):
     """Gives each adapter two pairs of factors, and compares what its layer answers to the same input.
 
-    Records by layer ``adapter.factor``, the larger norm of its two factors as they are; ``adapter.response``, the
+    Records by layer ``adapter.factor``, the norm of the factor by which the gradient of the other one is multiplied,
+    the larger of the two where both are trained; ``adapter.response``, the
     largest difference between the two answers, over the largest input; ``adapter.response_evaluating``, the same in
     evaluation mode, of which the layer is told after the factors have changed; ``adapter.base_moved``, how far the
     weight beside it is from where it was at the start; and ``adapter.base_trainable``, whether that weight takes
@@ -85,7 +86,7 @@ class Adapters(Probe):
         now = [adapter.weight.detach() for adapter in self._adapters]
         moved = torch.stack(torch._foreach_norm(torch._foreach_sub(now, self._kept)))
         step.record_all("adapter.base_moved", names, moved.float())
-        factors = [torch.stack(torch._foreach_norm([x.a.detach(), x.b.detach()])).amax() for x in self._adapters]
+        factors = [torch.stack(torch._foreach_norm(_multipliers(x))).amax() for x in self._adapters]
         step.record_all("adapter.factor", names, torch.stack(factors))
         for adapter in self._adapters:
             step.record("adapter.base_trainable", float(adapter.weight.requires_grad), adapter.name)
@@ -98,6 +99,11 @@ class Adapters(Probe):
                     if adapter.layer.training:  # else nothing says what it keeps from before
                         again = _response(adapter, *calls[adapter.name], evaluating=True)
                         step.record("adapter.response_evaluating", again, adapter.name)
+
+
+def _multipliers(adapter: Adapter) -> list[Tensor]:
+    """The factors of which the other one is trained."""
+    return [x.detach() for x, other in ((adapter.a, adapter.b), (adapter.b, adapter.a)) if other.requires_grad]
 
 
 @contextmanager
@@ -158,12 +164,18 @@ def _each(history: History, metric: str) -> list[tuple[str, Any]]:
 
 @rule("adapter.dead", title="Every adapter can learn", reads=(), basis="theory", phase="forward")
 def adapter_dead(history: History) -> Iterator[Symptom]:
-    """The gradient of A is ``B' g x'`` and that of B is ``g (A x)'``: with both factors 0, both are 0 for ever."""
+    """The gradient of A is ``B' g x'`` and that of B is ``g (A x)'``: with both factors 0, both are 0 for ever.
+
+    So is that of A where B is 0 and is not trained, or the other way round.
+    """
     for name, series in _each(history, "adapter.factor"):
         if found := series.first(series.values == 0):
             step, seen = found
-            text = f"both factors of the adapter of {name} are 0 at step {step}, so neither has a gradient"
-            yield Symptom(at=name, since=step, seen=seen, expected="one above 0", text=text)
+            text = (
+                f"the adapter of {name} has no gradient at step {step}: both of its factors are 0, or the one that is "
+            )
+            text += "not trained, by which the gradient of the other is multiplied"
+            yield Symptom(at=name, since=step, seen=seen, expected="above 0", text=text)
 
 
 @rule("adapter.unused", title="Every adapter moves its layer's output", reads=(), basis="experiment", phase="forward")

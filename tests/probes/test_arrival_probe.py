@@ -137,6 +137,31 @@ def test_a_loop_that_sweeps_too_soon_is_named(tmp_path: Path) -> None:
     assert [(c.id, c.at) for c in diagnosis.causes] == [("loop.zero_grad_late", "loop")]
 
 
+class Product(nn.Module):
+    """A matrix as the product of two, of which the second is 0: it is all that the gradient of the first is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 5, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.up.requires_grad_(requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.up(self.down(x)) + x[:, :5]
+        return answer
+
+
+def test_gradients_that_are_0_when_they_arrive_were_cleared_by_nobody(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Product()
+    optimizer = torch.optim.AdamW(model.down.parameters(), lr=1e-2)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(24):
+            plain(model, optimizer)
+    assert named(watch.diagnosis) == []
+    assert "0 there" in watch.diagnosis.not_checked["arrival.none"]
+
+
 @pytest.mark.parametrize(
     ("share", "output", "calls", "found"),
     [
@@ -150,8 +175,9 @@ def test_a_loop_that_sweeps_too_soon_is_named(tmp_path: Path) -> None:
 )
 def test_the_rules(catalogue: Any, share: list[float], output: list[float], calls: list[float], found: Any) -> None:
     history = lab.History()
-    columns = (("arrival.share", ""), ("arrival.output", ""), ("update.calls", ""))
-    for step, values in enumerate(zip(share, output, calls, strict=True)):
+    names = ("arrival.share", "arrival.output", "arrival.reached", "update.calls")
+    columns = tuple((name, "") for name in names)
+    for step, values in enumerate(zip(share, output, output, calls, strict=True)):
         history.add(step, Row(columns, np.array(values, dtype=float)))
     seen = []
     for name in RULES:

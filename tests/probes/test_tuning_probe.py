@@ -80,6 +80,30 @@ def test_adapters_of_others_are_found_and_checked(tmp_path: Path, used: bool) ->
     assert found == ([] if used else [("adapter.unused", "2")])
 
 
+@pytest.mark.parametrize(
+    ("frozen", "zero", "dead"),
+    [("lora_B", "lora_B", True), ("lora_A", "lora_B", False), ("lora_A", "lora_A", True), ("", "lora_A", True)],
+)
+def test_a_factor_that_is_0_and_not_trained_is_named(tmp_path: Path, frozen: str, zero: str, *, dead: bool) -> None:
+    torch.manual_seed(0)
+    wrapped = Wrapped(8, used=True)  # of which B is 0
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8).requires_grad_(requires_grad=False), wrapped)
+    for name, p in wrapped.named_parameters():
+        if frozen and name.startswith(frozen):
+            p.requires_grad = False
+        if name.startswith(zero):
+            torch.nn.init.zeros_(p)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(12):
+            x = torch.randn(16, 8)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), x.argmax(-1)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert [(c.id, c.at) for c in watch.diagnosis.causes] == [("tuning.adapter_dead", "1")] * dead
+    assert watch.diagnosis.unexplained == ()
+
+
 def test_both_factors_at_zero_are_named() -> None:
     assert [s.since for s in probes.adapter_dead.judge(history_of("adapter.factor", [1.0, 0.0]))] == [1]
     assert [*probes.adapter_dead.judge(history_of("adapter.factor", [1.0, 1e-20]))] == []
