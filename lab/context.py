@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lab.errors import LookAgain, NotChecked, one_line
 from lab.sites import Sites
 from lab.store import History, Row
 
@@ -254,9 +255,20 @@ class Run:
         return first_tensor(self.answer(batch))
 
     def answer(self, batch: Batch) -> Any:
-        """Call the model as training does; return all that it answers."""
-        with self.casting():
-            return self.model(*batch.args, **batch.kwargs)
+        """Call the model as training does; return all that it answers.
+
+        Raises:
+            NotChecked: A model that the lab did not write cannot be called as an experiment does: on fewer rows, say.
+        """
+        try:
+            with self.casting():
+                return self.model(*batch.args, **batch.kwargs)
+        except (NotChecked, LookAgain):
+            raise
+        except Exception as error:
+            if self.config is not None or self.sites.mode != "examine":
+                raise
+            raise NotChecked(f"the model cannot be called as in this experiment ({one_line(error)})") from error
 
     def casting(self) -> contextlib.AbstractContextManager[Any]:
         """Return a block in which PyTorch casts as it does where the model is trained."""

@@ -47,7 +47,9 @@ class Gradients(Probe):
     def _backward_begins(self, _site: Site, _value: Tensor) -> None:
         """The gradient at the output is the first of a backward pass; nothing has been added to any parameter yet."""
         # A parameter that the optimiser does not hold is not cleared by it: another mistake, with a rule of its own.
-        params = (p for group in self._run.optimizer.param_groups for p in group["params"])
+        # And one of another module, which takes up this one's output, has its gradient already.
+        held_ids = self._run.held
+        params = (p for p in self._run.parameters.values() if id(p) in held_ids)
         held = [p.grad for p in params if p.grad is not None and not p.grad.is_sparse]
         self._carried.append(_joint_norm(held) if held else None)
 

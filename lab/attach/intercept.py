@@ -31,6 +31,9 @@ class Listener(Protocol):
     def propagated(self) -> None:
         """After ``loss.backward()``."""
 
+    def differentiated(self) -> None:
+        """Before gradients of anything are computed, by ``backward`` or by ``torch.autograd.grad``."""
+
     def clipped(self, params: tuple[Tensor, ...], limit: float, norm: Tensor) -> None:
         """After gradients were clipped by their joint 2-norm."""
 
@@ -50,11 +53,11 @@ class Calls:
     def __init__(self, listener: Listener | None = None) -> None:
         self.listener = listener
         self._scaled: tuple[Tensor, Tensor] | None = None
-        self._propagating = False
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._replace(Tensor, "backward", self._backward)
+        self._replace(torch.autograd, "backward", self._backward)  # which Tensor.backward calls
+        self._replace(torch.autograd, "grad", self._grad)
         scaler = torch.amp.GradScaler
         self._replace(scaler, "scale", self._scale)
         self._replace(scaler, "step", self._scaler_step)
@@ -72,23 +75,28 @@ class Calls:
         setattr(owner, name, functools.wraps(plain)(make(plain)))
 
     def _backward(self, plain: Any) -> Callable[..., None]:
-        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            # Where a mode of functions is on, PyTorch comes here once more from within.
-            listener = self.listener if not self._propagating else None
-            if listener is None:
-                plain(loss, *args, **kwargs)
-                return
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            listener, loss = self.listener, _only(tensors)
             scaled, self._scaled = self._scaled, None
-            self._propagating = True
-            try:
-                listener.backward(scaled[1] if scaled is not None and scaled[0] is loss else loss)
-                del scaled  # it holds the graph
-                plain(loss, *args, **kwargs)
-            finally:
-                self._propagating = False
+            if listener is not None:
+                listener.differentiated()
+            if listener is None or loss is None or kwargs.get("inputs") is not None:
+                plain(tensors, *args, **kwargs)
+                return
+            listener.backward(scaled[1] if scaled is not None and scaled[0] is loss else loss)
+            del scaled  # it holds the graph
+            plain(tensors, *args, **kwargs)
             listener.propagated()
 
         return backward
+
+    def _grad(self, plain: Any) -> Callable[..., Any]:
+        def grad(*args: Any, **kwargs: Any) -> Any:
+            if self.listener is not None:
+                self.listener.differentiated()
+            return plain(*args, **kwargs)
+
+        return grad
 
     def _scale(self, plain: Any) -> Callable[..., Any]:
         def scale(scaler: Any, outputs: Any) -> Any:
@@ -121,6 +129,37 @@ class Calls:
             return norm
 
         return clip_grad_norm_
+
+
+def _only(tensors: Any) -> Tensor | None:
+    """Return the tensor that is differentiated, where it is one."""
+    if isinstance(tensors, (tuple, list)) and len(tensors) == 1:
+        tensors = tensors[0]
+    return tensors if isinstance(tensors, Tensor) else None
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """Return the closure with which an optimiser is asked for a step. As in its hooks, `args` begin with itself."""
+    found: Callable[..., Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+    return found
+
+
+def after_closure(args: tuple[Any, ...], kwargs: dict[str, Any], tell: Callable[[], None]) -> Arguments:
+    """Return the same arguments, with a closure that calls `tell` when it has been called the first time."""
+    closure = closure_of(args, kwargs)
+    assert closure is not None
+    waiting = [tell]
+
+    def closed(*more: Any, **named: Any) -> Any:
+        answer = closure(*more, **named)
+        while waiting:
+            waiting.pop()()
+        return answer
+
+    return ((args[0], closed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closed})
 
 
 class CrossEntropyCalls(TorchFunctionMode):

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lab.attach.intercept import Calls
+from lab.attach.intercept import Calls, after_closure, closure_of
 from lab.attach.watch import Watch
 from lab.errors import BadInput, one_line
 from lab.files import METRICS
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from lab.attach.intercept import Arguments
     from lab.catalogue import Catalogue
     from lab.diagnosis.model import Diagnosis
 
@@ -89,6 +91,7 @@ class Finder:
 
         search = contextlib.ExitStack()
         search.callback(setattr, nn.Module, "__call__", plain)
+        search.callback(register_optimizer_step_pre_hook(self._first_closure).remove)
         self._undo.callback(setattr, torch.optim.Optimizer, "__init__", made)
         self._undo.callback(setattr, LRScheduler, "__init__", scheduled)
         self._undo.enter_context(search)
@@ -100,6 +103,14 @@ class Finder:
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
+
+    def _first_closure(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Where a closure calls the model, it is found within the optimiser's step, whose hooks have run by then."""
+        return None if closure_of(args, kwargs) is None else after_closure(args, kwargs, lambda: self._read(optimizer))
+
+    def _read(self, optimizer: Optimizer) -> None:
+        if self.watching is not None and self.watching.run.optimizer is optimizer:
+            self.watching.gradients_made(self.watching.run.step)
 
     def _search(self, module: nn.Module) -> None:
         """Watch a module, if it is one that is trained."""

@@ -15,10 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lab.attach.compiled import around, compiled_parts, original, uncompiled
 from lab.attach.findings import Findings
-from lab.attach.intercept import Calls, CrossEntropyCalls
+from lab.attach.intercept import Calls, CrossEntropyCalls, after_closure, closure_of
 from lab.attach.modules import Hook, ModuleSites
 from lab.attach.passes import Passes
 from lab.context import IGNORED, Batch, Clip, Run, Step, autocast_now, first_tensor
+from lab.errors import NotChecked
 from lab.files import new_folder, write_run_file
 from lab.manager import Manager, discover
 from lab.session import SOON, Session
@@ -142,6 +143,10 @@ class Watch:
         self._functions = CrossEntropyCalls(self._cross_entropy)
         self._undo = contextlib.ExitStack()
         self._passes = Passes(self.run)
+        self._open_calls: list[int] = []  # how many answers there were when each call began that has not ended
+        self._answers = 0
+        self._graphs = 0  # answers of the evaluation that goes on, which require a gradient
+        self._rounds = 0  # evaluations that had such answers, and no gradient was asked for
         self._last = self.run.step
         self._examined: Batch | None = None
 
@@ -199,6 +204,7 @@ class Watch:
     def _begin(self, index: int) -> None:
         step = Step(index)
         self._passes.begin()
+        self._open_calls.clear()  # of calls that raised
         self._session.begin_step(step)
         self._functions.turn(on=step.examined and not self._compiled)
 
@@ -209,6 +215,7 @@ class Watch:
     def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.run.sites.mode == "examine":
             return
+        self._open_calls.append(self._answers)
         if model.training and torch.is_grad_enabled():
             self.run.sites.mode = "train"
             self._modules.resume()
@@ -216,6 +223,7 @@ class Watch:
             self.run.step.batch = Batch(args, kwargs)
             self.run.autocast = autocast_now(self.run.device.type)
             self._passes.called()
+            self._end_evaluation()
         else:
             # A model that is intercepted, or has hooks, may take another path, and round otherwise.
             self.run.sites.mode = "evaluate"
@@ -223,11 +231,27 @@ class Watch:
             self._functions.turn(on=False)
 
     def _answered(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self.run.sites.mode == "examine":
+            return
+        if self._open_calls and self._open_calls.pop() != self._answers:
+            return  # a call of the same module within this one was the model's: around it stands a step of training
+        self._answers += 1
+        if self.run.sites.mode == "evaluate" and torch.is_grad_enabled():
+            with contextlib.suppress(TypeError, NotChecked):
+                self._graphs += first_tensor(output).requires_grad
         if self._training:
             with contextlib.suppress(TypeError):
                 self.run.step.logits = first_tensor(output)
             # A mode of functions makes what is compiled compile again, so it begins only now.
             self._functions.turn(on=self.run.step.examined)
+
+    def _end_evaluation(self) -> None:
+        """Record the graphs that an evaluation built in vain, once it is the third that does."""
+        if self._graphs:
+            self._rounds += 1
+            if self._rounds >= SOON:
+                self.run.step.record("evaluation.graphs", float(self._graphs))
+        self._graphs = 0
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> None:
         """Take the targets of a classifier, in the shape of the model's tokens where they are one for each."""
@@ -249,6 +273,11 @@ class Watch:
             self.run.step.loss = loss
         if self._counts_passes:
             self._passes.backward(self.run.step)
+
+    def differentiated(self) -> None:
+        """Note that the answers of an evaluation may have been wanted for their gradients."""
+        if self.run.sites.mode != "examine":
+            self._graphs = 0
 
     def propagated(self) -> None:
         """Look at the gradients that a pass left."""
@@ -295,21 +324,18 @@ class Watch:
         """Read the gradients; where a closure makes them, when it has been called first. `args` begin with `self`."""
         step = self.run.step
         step.lr = float(optimizer.param_groups[0]["lr"])
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if closure_of(args, kwargs) is None:
             self._passes.update(step)
             self._session.before_update(step)
             return None
-        waiting = [step]
+        return after_closure(args, kwargs, lambda: self.gradients_made(step))
 
-        def closed(*more: Any, **named: Any) -> Any:
-            answer = closure(*more, **named)
-            while waiting:
-                with torch.no_grad():
-                    self._session.before_update(waiting.pop())
-            return answer
-
-        return ((args[0], closed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closed})
+    def gradients_made(self, step: Step) -> None:
+        """Read the gradients that a closure has made."""
+        step.lr = float(self.run.optimizer.param_groups[0]["lr"])
+        with torch.no_grad():
+            self._passes.update(step)
+            self._session.before_update(step)
 
     def _updated(self) -> None:
         step = self.run.step

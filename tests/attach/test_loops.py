@@ -187,3 +187,133 @@ def test_a_second_optimiser_of_other_weights_is_not_followed(tmp_path: Path) -> 
     assert watching.run.history.last_step == 11
     assert watching.run.optimizer is optimizer
     assert watching.diagnosis.symptoms == ()
+
+
+def two_parts(folder: Path, *, clear: bool) -> lab.Diagnosis:
+    """An auto-encoder whose halves are called one after the other; the optimiser holds both."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)), nn.Linear(3, 8)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
+    with lab.watch(encoder, optimizer, out=folder) as watching:
+        for _ in range(24):
+            x = torch.randn(16, 8)
+            if clear:
+                optimizer.zero_grad()
+            F.mse_loss(decoder(encoder(x)), x).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return watching.diagnosis
+
+
+def test_a_part_of_what_is_trained_is_not_blamed_for_the_gradients_of_the_rest(tmp_path: Path) -> None:
+    assert two_parts(tmp_path / "right", clear=True).symptoms == ()
+    assert [cause.id for cause in two_parts(tmp_path / "wrong", clear=False).causes] == ["loop.no_zero_grad"]
+
+
+class Wrapped(nn.Module):
+    """As Lightning wraps a model: its call is a step of training, which calls the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 32), nn.Linear(32, 20)
+        self.stepping = False
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.stepping:
+            self.stepping = False
+            logits = self(tokens[:, :-1])
+            loss: torch.Tensor = F.cross_entropy(logits.log_softmax(-1).exp().flatten(0, 1), tokens[:, 1:].flatten())
+            return loss
+        answer: torch.Tensor = self.head(self.embed(tokens))
+        return answer
+
+
+def test_of_a_module_called_within_its_own_call_the_inner_is_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Wrapped()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watching:
+        for _ in range(24):
+            tokens = (torch.randint(20, (8, 1)) + torch.arange(17)) % 20
+            model.stepping = True
+            loss = model(tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert [cause.id for cause in watching.diagnosis.causes] == ["loss.softmax_twice"]
+
+
+CLOSURES = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 8))
+opt = torch.optim.AdamW(net.parameters(), lr=3e-3)
+for step in range(24):
+    x = torch.randn(16, 8)
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), x.argmax(1))
+        loss.backward()
+        return loss
+    opt.step(closure)
+"""
+
+
+def test_a_model_that_is_first_called_within_the_step_of_the_optimiser_is_seen_whole(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(CLOSURES)
+    assert status_of(["exec", "--out", str(tmp_path / "run"), str(path)]) == 0
+    diagnosis = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+    assert diagnosis["verdict"] == "healthy", diagnosis["not_checked"]
+    assert 0 in lab.load(tmp_path / "run").history.series("learning_rate").steps
+
+
+@pytest.mark.parametrize("how", ["graphs", "no_grad", "gradients", "once"])
+def test_graphs_that_an_evaluation_builds_in_vain_are_told(tmp_path: Path, how: str) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watching:
+        for step in range(24):
+            x = torch.randn(16, 8)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), x.argmax(1)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if step % 5 == 4 and (how != "once" or step == 4):
+                model.eval()
+                with torch.set_grad_enabled(how != "no_grad"):
+                    answer = model(x.requires_grad_(how == "gradients"))
+                    if how == "gradients":
+                        torch.autograd.grad(answer.sum(), x)
+                model.train()
+    named = [cause.id for cause in watching.diagnosis.causes]
+    assert named == (["performance.gradients_at_evaluation"] if how == "graphs" else [])
+    assert watching.diagnosis.unexplained == ()
+
+
+class Stateful(nn.Module):
+    """Keeps its state from batch to batch, as truncated backpropagation does: it takes 16 rows, no fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.cell, self.head = nn.Embedding(20, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 20)
+        self.state: torch.Tensor | None = None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden, self.state = self.cell(self.embed(tokens), self.state.detach() if self.state is not None else None)
+        answer: torch.Tensor = self.head(hidden)
+        return answer
+
+
+def test_a_model_that_cannot_take_fewer_rows_is_not_a_broken_probe(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Stateful()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    text = (torch.randint(20, (16, 1)) + torch.arange(24 * 8 + 1)) % 20
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watching:
+        for step in range(24):
+            tokens = text[:, step * 8 : step * 8 + 9]
+            optimizer.zero_grad()
+            F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert watching.diagnosis.verdict == "healthy", watching.diagnosis.not_checked
+    assert any("cannot be called as in this experiment" in why for why in watching.diagnosis.not_checked.values())

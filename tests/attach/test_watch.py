@@ -74,11 +74,11 @@ def test_watching_changes_nothing(tmp_path: Path, options: dict[str, Any]) -> No
 def test_a_watched_model_is_left_without_a_trace(tmp_path: Path) -> None:
     model = LanguageModel()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    backward, before = torch.Tensor.backward, [dict(vars(m)) for m in model.modules()]
+    backward, before = torch.autograd.backward, [dict(vars(m)) for m in model.modules()]
     hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
     with lab.watch(model, optimizer, out=tmp_path / "run"):
-        assert torch.Tensor.backward is not backward
-    assert torch.Tensor.backward is backward
+        assert torch.autograd.backward is not backward
+    assert torch.autograd.backward is backward
     assert [dict(vars(m)).keys() for m in model.modules()] == [kept.keys() for kept in before]
     assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] == hooks
     assert not optimizer._optimizer_step_pre_hooks

@@ -105,11 +105,11 @@ def test_the_first_step_is_seen_whole(tmp_path: Path, closure: bool) -> None:
 
 
 def test_nothing_of_it_is_left(tmp_path: Path) -> None:
-    call, backward = nn.Module.__call__, torch.Tensor.backward
+    call, backward = nn.Module.__call__, torch.autograd.backward
     model = LanguageModel()
     trainer = Trainer(out=tmp_path / "run", quiet=True)
     trainer.fit(model, model)
-    assert (nn.Module.__call__, torch.Tensor.backward) == (call, backward)
+    assert (nn.Module.__call__, torch.autograd.backward) == (call, backward)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not trainer.watching.run.optimizer._optimizer_step_pre_hooks
 
