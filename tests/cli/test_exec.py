@@ -14,6 +14,8 @@ from lab.cli import status_of
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 # What each script's mistake should be called, and where it is.
 MISTAKES = {
+    "accumulation": ("loop.parts_cleared", "loop"),
+    "additive_mask": ("mask.future_leak", "attention_layers.0"),
     "batch_first": ("attention.rows_mixed", "encoder.layers.0.self_attn"),
     "causal_mask": ("mask.future_leak", "transformer_encoder.layers.0.self_attn"),
     "clip_after_step": ("clip.ineffective", "clipping"),
@@ -24,11 +26,20 @@ MISTAKES = {
     "log_of_softmax": ("numerics.nonfinite_gradient", "out"),
     "new_head": ("optimizer.missing_parameter", "head.weight"),
     "normal_init": ("init.too_large", "body.layers.0.self_attn"),
+    "padding_counted": ("targets.padding_counted", "targets"),
+    "pure_bfloat16": ("precision.update_lost", "optimizer"),
     "rewrapped": ("loop.detached", "word"),
     "running_loss": ("performance.retained_graph", "loop"),
+    "scheduler_micro": ("schedule.per_part", "schedule"),
+    "sdpa_mask": ("mask.inverted", "trf_blocks.0.att"),
+    "seq2seq_shift": ("targets.not_shifted", "targets"),
+    "siamese": ("numerics.nonfinite_gradient", "out"),
     "softmax_twice": ("loss.softmax_twice", "loss"),
+    "tied_copy": ("weights.untied", "out_head"),
     "train_mode": ("loop.evaluation_mode", "loop"),
     "two_optimizers": ("optimizer.missing_parameter", "bridge.weight"),
+    "unscale": ("clip.before_unscale", "clipping"),
+    "validate_with_graph": ("performance.gradients_at_evaluation", "evaluation"),
     "zero_grad": ("loop.no_zero_grad", "loop"),
 }
 
