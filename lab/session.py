@@ -9,6 +9,8 @@ import json
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lab.diagnosis.diagnose import diagnose, judge
 from lab.files import DIAGNOSIS, FINDINGS, METRICS, plain
 from lab.sandbox import sandbox
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from lab.store import Row
 
 
+WHOLE = 10_000  # steps of which every one is kept; of later ones fewer and fewer
 SOON = 3  # steps that are judged whether they are examined or not: what is wrong from the start is told at once
 
 
@@ -155,7 +158,7 @@ class Session:
     def _flush(self, step: Step) -> Row:
         row, artifacts = step.flush()
         run = self.run
-        if len(row):
+        if len(row) and self._is_kept(step, row):
             run.history.add(step.index, row)
             self.store.write(step.index, row)
         if step.index == 0 or step.examined:
@@ -165,6 +168,16 @@ class Session:
         for artifact in artifacts:
             run.plugins.event("lab_artifact", run, step=step, artifact=artifact)
         return row
+
+    @staticmethod
+    def _is_kept(step: Step, row: Row) -> bool:
+        """Whether a step is kept, so that a run of any length fits on a disk and in memory.
+
+        All of the first 10,000 are, then every second until 20,000, every fourth until 40,000, and so on; and each that
+        is examined, or in which something is not finite. A plugin is given all of them.
+        """
+        octave = (step.index // WHOLE).bit_length()
+        return step.examined or step.index % 2**octave == 0 or not np.isfinite(row.values).all()
 
     def _loss_broke(self, row: Row) -> bool:
         """Whether the loss was finite until now and is not any more: a reason to judge at once."""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 import lab
+from lab import session
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
     from conftest import SmallRun
 
     from lab import Run, Step
@@ -52,3 +58,33 @@ def test_what_costs_much_is_made_seldom_and_where_something_is_suspected(small_r
     dear = Dear()
     small_run(dear, faults=[{"id": "targets.not_shifted", "from_step": 35}], steps=50)
     assert dear.steps == [0, 5, 10, 30, 46, 47, 48, 49]
+
+
+def test_of_a_long_run_fewer_and_fewer_steps_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Twice as many steps are half as many rows more; what is not finite, and what is examined, is kept always."""
+    monkeypatch.setattr(session, "WHOLE", 16)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    given: list[int] = []
+
+    @lab.plugin("counts", title="Counts the rows that it is given")
+    class Counts(lab.Plugin):
+        def lab_metrics(self, step: Step) -> None:
+            given.append(step.index)
+
+    watching = lab.watch(model, optimizer, out=tmp_path / "run", plugins=[Counts()], probes=["loss"], examine_every=64)
+    with watching:
+        for step in range(256):
+            optimizer.zero_grad()
+            loss = model(torch.randn(3, 4)).square().mean() * (float("inf") if step == 201 else 1.0)
+            loss.backward()
+            for p in model.parameters():
+                p.grad = None if step == 201 else p.grad
+            optimizer.step()
+    kept = watching.run.history.series("loss").steps.tolist()
+    examined = {0, 32, 64, 128, 192, 202, 255}
+    thinned = {s for s in range(256) if s < 16 or s % 2 ** (s // 16).bit_length() == 0}
+    assert thinned | {201} <= set(kept) <= thinned | {201} | examined
+    assert sorted(set(given)) == list(range(256))
+    assert lab.load(tmp_path / "run").history.series("loss").steps.tolist() == kept

@@ -206,7 +206,7 @@ class Watch:
         self._passes.begin()
         self._open_calls.clear()  # of calls that raised
         self._session.begin_step(step)
-        self._functions.turn(on=step.examined and not self._compiled)
+        self._functions.turn(on=False)  # until the model is called
 
     @property
     def _training(self) -> bool:
