@@ -28,6 +28,18 @@ SAME_BATCH = Cause(
     source="PyTorch documentation: torch.utils.data, DataLoader; Reproducibility, seed_worker",
 )
 
+ITERATOR_ANEW = Cause(
+    id="data.iterator_anew",
+    title="A new iterator for each step gives the first batch again",
+    must=("loader.restarted",),
+    place="data",
+    repair="Loop over the loader, or make its iterator once for each epoch, outside the loop over steps: "
+    "next(iter(loader)) begins anew each time.",
+    refute="Batches of two steps differ.",
+    look="Where the batch of a step is drawn: iter(loader) inside the loop.",
+    source="ZhaoJ9014/face.evoLVe pull request 39; wandb/examples issue 444",
+)
+
 DUPLICATE_ROWS = Cause(
     id="data.duplicate_rows",
     title="The workers that draw rows draw the same ones",

@@ -106,6 +106,7 @@ class Step:
         passes, cleared: How many backward passes there were, and after how many of them the gradients were cleared
             although nothing had used them; counted in the first steps and in those that are examined, in a loop that
             the lab did not write.
+        loaders: How often a loader of several batches began anew, in a loop that the lab did not write.
         grad_norm: The norm of all gradients before clipping.
         clips: Each clipping of gradients between the backward pass and the update, as far as it was seen.
         lr: The learning rate.
@@ -122,6 +123,7 @@ class Step:
     loss: Tensor | None = None
     passes: int = 0
     cleared: int = 0
+    loaders: int = 0
     grad_norm: Tensor | None = None
     clips: list[Clip] = field(default_factory=list)
     lr: float | None = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,9 @@ class Listener(Protocol):
 
     def propagated(self) -> None:
         """After ``loss.backward()``."""
+
+    def iterates(self) -> None:
+        """A loader that has several batches begins anew."""
 
     def differentiated(self) -> None:
         """Before gradients of anything are computed, by ``backward`` or by ``torch.autograd.grad``."""
@@ -58,6 +62,7 @@ class Calls:
     def __enter__(self) -> Self:
         self._replace(torch.autograd, "backward", self._backward)  # which Tensor.backward calls
         self._replace(torch.autograd, "grad", self._grad)
+        self._replace(DataLoader, "__iter__", self._iterate)
         scaler = torch.amp.GradScaler
         self._replace(scaler, "scale", self._scale)
         self._replace(scaler, "step", self._scaler_step)
@@ -97,6 +102,15 @@ class Calls:
             return plain(*args, **kwargs)
 
         return grad
+
+    def _iterate(self, plain: Any) -> Callable[..., Any]:
+        def iterate(loader: Any) -> Any:
+            with contextlib.suppress(TypeError):  # some do not know their length
+                if self.listener is not None and len(loader) > 1:
+                    self.listener.iterates()
+            return plain(loader)
+
+        return iterate
 
     def _scale(self, plain: Any) -> Callable[..., Any]:
         def scale(scaler: Any, outputs: Any) -> Any:

@@ -274,6 +274,10 @@ class Watch:
         if self._counts_passes:
             self._passes.backward(self.run.step)
 
+    def iterates(self) -> None:
+        """Note that a loader begins anew in this step."""
+        self.run.step.loaders += 1
+
     def differentiated(self) -> None:
         """Note that the answers of an evaluation may have been wanted for their gradients."""
         if self.run.sites.mode != "examine":
