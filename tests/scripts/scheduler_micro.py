@@ -1,4 +1,4 @@
-"""An LSTM language model with accumulation and warmup. The mistake: the schedule takes a step with each part of a batch.
+"""An LSTM language model with accumulation and warmup. The mistake: each part of a batch steps the schedule.
 
 Seen in Lightning-AI/pytorch-lightning issue 1476, starVLA/starVLA pull request 210, h2oai/h2o-llmstudio issue 663.
 """
