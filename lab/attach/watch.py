@@ -200,6 +200,14 @@ class Watch:
             self._modules.pause()
             self._modules.resume()
 
+    def pause(self) -> None:
+        """Take everything off the model until it is called for training again.
+
+        For a loop that evaluates a part of it: the model itself is let alone when it is called for evaluation.
+        """
+        self._modules.pause()
+        self._functions.turn(on=False)
+
     # ---------------------------------------------------------------- what the loop does
 
     def _begin(self, index: int) -> None:
@@ -228,8 +236,7 @@ class Watch:
         else:
             # A model that is intercepted, or has hooks, may take another path, and round otherwise.
             self.run.sites.mode = "evaluate"
-            self._modules.pause()
-            self._functions.turn(on=False)
+            self.pause()
 
     def _answered(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if self.run.sites.mode == "examine":
@@ -242,7 +249,9 @@ class Watch:
                 self._graphs += first_tensor(output).requires_grad
         if self._training:
             with contextlib.suppress(TypeError):
-                self.run.step.logits = first_tensor(output)
+                answer = first_tensor(output)
+                if answer.dim():  # a single number is a loss
+                    self.run.step.logits = answer
             # A mode of functions makes what is compiled compile again, so it begins only now.
             self._functions.turn(on=self.run.step.examined)
 

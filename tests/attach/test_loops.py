@@ -317,3 +317,47 @@ def test_a_model_that_cannot_take_fewer_rows_is_not_a_broken_probe(tmp_path: Pat
             optimizer.step()
     assert watching.diagnosis.verdict == "healthy", watching.diagnosis.not_checked
     assert any("cannot be called as in this experiment" in why for why in watching.diagnosis.not_checked.values())
+
+
+class WithLoss(nn.Module):
+    """Answers with its loss alone, as models do that are made for one objective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image, self.scale = nn.Linear(8, 16), nn.Linear(6, 16), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        a, b = F.normalize(self.text(text), dim=-1), F.normalize(self.image(image), dim=-1)
+        return F.cross_entropy(self.scale.exp() * a @ b.T, torch.arange(len(text)))
+
+
+def test_a_model_that_answers_with_its_loss_is_watched(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, mixed = WithLoss(), torch.randn(8, 6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watching:
+        for _ in range(24):
+            text = torch.randn(16, 8)
+            optimizer.zero_grad()
+            model(text, text @ mixed).backward()
+            optimizer.step()
+    assert watching.diagnosis.verdict == "healthy", watching.diagnosis.not_checked
+
+
+def test_a_part_that_is_evaluated_while_watching_rests_is_let_alone(tmp_path: Path) -> None:
+    """Also in a step that is examined: in evaluation an encoder takes another path when it has hooks."""
+    torch.manual_seed(0)
+    body = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2)
+    model = nn.Sequential(body, nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watching:
+        for _ in range(3):
+            x = torch.randn(4, 5, 16)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert any(module._forward_hooks for module in model.modules())
+        watching.pause()
+        assert not any(module._forward_hooks for module in body.modules())
+        model(x).square().mean().backward()
+        assert any(module._forward_hooks for module in body.modules())
