@@ -52,6 +52,10 @@ class LabCallback(Watcher, _base()):  # type: ignore[misc] # which class it is, 
                 pl_module, trained, skip=lambda module: module is pl_module and _bound(module.forward) is not module
             )
 
+    def on_validation_start(self, *_: Any) -> None:
+        if self.watching is not None:
+            self.watching.pause()  # validation_step may call a part of what is watched
+
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if self._on_finding == "stop" and trainer.strategy.reduce_boolean_decision(self._found_something, all=False):
             trainer.should_stop = True
