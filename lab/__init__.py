@@ -11,6 +11,7 @@ from lab.catalogue import Fault, Plugin, Probe, fault, plugin, probe, rule
 from lab.diagnosis.model import Cause, Diagnosis, Finding, Symptom
 from lab.errors import BadInput, FaultFound, LabError, LookAgain, NotChecked
 from lab.lazy import numpy, torch
+from lab.stages import Stage
 
 if TYPE_CHECKING:
     from lab.attach.watch import watch as watch
@@ -43,6 +44,7 @@ __all__ = [
     "Run",
     "Series",
     "Site",
+    "Stage",
     "Step",
     "Symptom",
     "__version__",

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import math
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 from annotated_types import Ge
@@ -20,13 +21,14 @@ from lab.errors import BadInput, FaultFailed, LabError, nearest, one_line
 from lab.names import within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Mapping
     from types import ModuleType
 
     from torch import Tensor
 
     from lab.context import Run, Step
     from lab.sites import Site
+    from lab.stages import Stage
     from lab.store import History
 
     Judge = Callable[[History], Iterable[Symptom]]
@@ -51,7 +53,8 @@ class ProbeInfo:
     """What a probe says of itself. `every` is its cadence in steps; an examination runs in a sandbox.
 
     `seldom`: its experiment is left out of some examined steps (see `lab.session.Session`). `on_request`: it watches
-    at a cost that one may not want to pay on training of one's own.
+    at a cost that one may not want to pay on training of one's own. `stages`: where in a step its metrics belong, of
+    those by which two runs are compared.
     """
 
     id: str
@@ -61,6 +64,7 @@ class ProbeInfo:
     examines: bool
     seldom: bool = False
     on_request: bool = False
+    stages: Mapping[str, Stage] = field(default_factory=dict, hash=False)
     doc: str = ""
 
 
@@ -216,6 +220,7 @@ def probe(
     examines: bool = False,
     seldom: bool = False,
     on_request: bool = False,
+    stages: Mapping[str, Stage] = MappingProxyType({}),
 ) -> Callable[[type[T]], type[T]]:
     """Mark a class as a probe: watching, or (`examines`) running experiments in `lab_examine`.
 
@@ -229,10 +234,11 @@ def probe(
             that is examined: in the first two and the last, where something is suspected, and now and then between.
         on_request: Whether what it costs in each step is too much for training of one's own, unless asked for. A
             scenario has all probes.
+        stages: By metric, where in a step it belongs: these are what ``lab diff`` compares (see `lab.stages.Stage`).
     """
 
     def mark(cls: type[T]) -> type[T]:
-        cls.info = ProbeInfo(id, title, every, cost, examines, seldom, on_request, _doc(cls))  # type: ignore[attr-defined]
+        cls.info = ProbeInfo(id, title, every, cost, examines, seldom, on_request, stages, _doc(cls))  # type: ignore[attr-defined]
         cls.every = every  # type: ignore[attr-defined]
         return cls
 

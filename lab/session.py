@@ -14,7 +14,7 @@ import numpy as np
 from lab.diagnosis.diagnose import diagnose, judge
 from lab.files import DIAGNOSIS, FINDINGS, METRICS, plain
 from lab.sandbox import sandbox
-from lab.store import DECLINED, FACT, SET_ASIDE, TRACEBACK, Store, read_history
+from lab.store import DECLINED, FACT, SET_ASIDE, STAGE, TRACEBACK, Store, read_history
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +67,11 @@ class Session:
         """Everything is built: let the plugins attach."""
         if self.run.steps is not None:
             self.fact("steps", str(self.run.steps))
+        for plugin in self.run.plugins.get_plugins():
+            info = getattr(plugin, "info", None)
+            for metric, stage in getattr(info, "stages", {}).items():
+                self.run.history.stages[metric] = stage
+                self.store.remark(STAGE, metric, stage.text)
         self.run.plugins.event("lab_start", self.run)
         self.store.commit()
 

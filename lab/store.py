@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lab.errors import BadInput, LookAgain
+from lab.stages import Stage
 
 Values = npt.NDArray[np.float64]
 Columns = tuple[tuple[str, str], ...]
@@ -32,7 +33,7 @@ CREATE TABLE IF NOT EXISTS remarks (kind TEXT, name TEXT, text TEXT, PRIMARY KEY
 """
 
 # Which of the remarks in the store a reader can ask for.
-SET_ASIDE, DECLINED, TRACEBACK, FACT = "set_aside", "declined", "traceback", "fact"
+SET_ASIDE, DECLINED, TRACEBACK, FACT, STAGE = "set_aside", "declined", "traceback", "fact", "stage"
 
 
 class Metric(NamedTuple):
@@ -120,12 +121,14 @@ class History:
     Attributes:
         order: Name of each site to its place in the forward pass.
         facts: What is known of the run once and for all, in words.
+        stages: Name of each metric by which runs are compared, and where in a step it belongs.
         reasons: Id of each probe that was set aside or could not judge, and why.
         last_step: The newest step that was recorded; -1 before the first.
     """
 
     order: dict[str, int] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     last_step: int = -1
     _layouts: dict[Columns, _Layout] = field(default_factory=dict)
@@ -200,7 +203,7 @@ class Store:
     def rewind(self, step: int) -> None:
         """Forget everything that was recorded from `step` on, and go on with what the file holds."""
         self._db.execute("DELETE FROM steps WHERE step >= ?", (step,))
-        self._db.execute("DELETE FROM remarks WHERE kind != ?", (FACT,))
+        self._db.execute("DELETE FROM remarks WHERE kind NOT IN (?, ?)", (FACT, STAGE))
         if step == 0:
             self._db.execute("DELETE FROM columns")
         kept: dict[int, list[tuple[str, str]]] = {}
@@ -280,6 +283,8 @@ def read_history(path: Path) -> History:
                     history.reasons[name] = text
                 elif kind == FACT:
                     history.facts[name] = text
+                elif kind == STAGE and (stage := Stage.read(text)) is not None:
+                    history.stages[name] = stage
         finally:
             db.close()
     except (sqlite3.DatabaseError, ValueError, TypeError, OverflowError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LookAgain, NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ BESIDE = {"labels", "targets", "attention_mask", "position_ids", "token_type_ids
     title="Do batches change, and are held-out rows new?",
     every=0,
     cost="one product and a sort of the rows in each step, and a search among the rows seen on measured steps",
+    stages={"data.fingerprint": Stage("batch", "exact"), "data.held_out_fingerprint": Stage("batch", "exact")},
 )
 class Data(Probe):
     """Takes a hash of each row of tokens, with mixed coefficients: rows that differ agree about once in 2^64.
@@ -38,10 +39,10 @@ class Data(Probe):
     is that of the step before, ``data.duplicates``, the share of its rows that equal another before them,
     ``data.rows`` and ``data.seen_before``, how many there are and the share trained on in an earlier step; and when the
     run evaluates ``data.held_out_rows``, ``data.held_out_duplicates``, ``data.held_out_repeats`` (batches that equal
-    one before) and ``data.held_out_seen``, the share trained on. Everywhere, where nothing but tokens goes in:
-    ``data.fingerprint``, a number that two batches share only if they are equal; ``data.tokens``, how many, and
-    ``data.constant``, whether they are all the same while the targets are not; -1 where more goes in, or the targets
-    are not known.
+    one before) and ``data.held_out_seen``, the share trained on; and ``data.fingerprint`` and
+    ``data.held_out_fingerprint``, numbers that two batches, or evaluations, share only if they are equal. Everywhere,
+    where nothing but tokens goes in: ``data.tokens``, how many, and ``data.constant``, whether they are all the same
+    while the targets are not; -1 where more goes in, or the targets are not known.
     """
 
     def lab_start(self) -> None:
@@ -78,6 +79,7 @@ class Data(Probe):
             step.record("data.held_out_duplicates", torch.stack([_duplicates(part) for part in batches]).amax())
             step.record("data.held_out_repeats", _duplicates(each) * len(each))
             step.record("data.held_out_seen", torch.isin(rows, self._seen()).double().mean())
+            step.record("data.held_out_fingerprint", _short(self._batch(rows)), "held-out")
         return loss
 
     def lab_before_update(self, step: Step) -> None:
@@ -90,8 +92,6 @@ class Data(Probe):
         inputs, targets = batch.inputs, batch.targets
         assert inputs is not None
         assert targets is not None
-        if self._before is None and inputs.dim() == 2:  # a loop of somebody's own
-            step.record("data.fingerprint", _short(self._batch(self._hashes(inputs))))
         counts = targets >= 0
         lowest = torch.where(counts, targets, torch.iinfo(targets.dtype).max).amin()
         varied = torch.where(counts, targets, -1).amax() > lowest

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from lab import LabError, NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LabError, NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ class Cache:
     cost="ten passes over one row of at most 8 tokens",
     examines=True,
     seldom=True,
+    stages={
+        "generation.cached_gap": Stage("experiment", "share"),
+        "generation.repeat_gap": Stage("experiment", "share"),
+        "generation.module_gap": Stage("experiment", "share"),
+    },
 )
 class Generation(Probe):
     """Passes half of a row, then token by token with a cache, and compares with the whole row at once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     title="Norm of the gradient of every parameter, and at the output of every branch and block",
     every=10,
     cost="one norm a tensor, on measured steps; in the others one of what the gradients held before",
+    stages={"gradient.total": Stage("norm")},
 )
 class Gradients(Probe):
     """Reads gradients after the backward pass, and what they hold when it begins.

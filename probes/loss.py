@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from lab import History, Run, Step
 
 
-@probe("loss", title="The loss, in training and on held-out data", cost="none")
+@probe(
+    "loss",
+    title="The loss, in training and on held-out data",
+    cost="none",
+    stages={"loss": Stage("loss"), "loss.held_out": Stage("evaluation")},
+)
 class Loss(Probe):
     """Records ``loss`` each step, and ``loss.held_out`` (nats a token) when the run evaluates.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -18,7 +18,15 @@ UPDATES = 3  # in a row and up to now: one or two may be a lesson of another kin
 NONE = "no module of this model depends on its mode"
 
 
-@probe("modes", title="Is the model in training mode when it trains, and in evaluation mode when it is evaluated?")
+@probe(
+    "modes",
+    title="Is the model in training mode when it trains, and in evaluation mode when it is evaluated?",
+    stages={
+        "mode.model": Stage("mode", "exact"),
+        "mode.awake": Stage("mode", "exact"),
+        "mode.evaluated": Stage("evaluation", "exact"),
+    },
+)
 class Modes(Probe):
     """Asks the modules that do something else in evaluation than in training: dropout, and norms over the batch.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ UPDATES = 10  # so many without a rate are no beginning of a warmup
     title="Whose tensors does the optimiser hold, how many updates does it remember, and are its betas in order?",
     every=10,
     cost="a look at its groups and its state",
+    stages={"optimizer.rate": Stage("rate")},
 )
 class OptimizerState(Probe):
     """Looks at the groups, and at the state after an update.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from lab import LabError, NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LabError, NotChecked, Probe, Stage, Symptom, probe, rule, torch
 
 from .generation import POSITIONS, Cache, alone, asked, gap
 
@@ -26,6 +26,7 @@ NOISE = 1e-4
     cost="six passes over one row of at most 8 tokens",
     examines=True,
     seldom=True,
+    stages={"requests.gap": Stage("experiment", "share"), "requests.repeat": Stage("experiment", "share")},
 )
 class Requests(Probe):
     """Passes one row with an empty cache, after itself and after a row of its first token.

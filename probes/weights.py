@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -42,7 +42,11 @@ class _Moves(Probe):
 
 
 @probe(
-    "weights", title="Norm of every weight, and of its update relative to it", every=0, cost="one copy of the weights"
+    "weights",
+    title="Norm of every weight, and of its update relative to it",
+    every=0,
+    cost="one copy of the weights",
+    stages={"learning_rate": Stage("rate")},
 )
 class Weights(_Moves):
     """Records ``weight.norm``, ``update.ratio`` (norm of the update over norm of the weight), and ``learning_rate``."""

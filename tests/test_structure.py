@@ -16,12 +16,12 @@ import lab
 ROOT = Path(__file__).parent.parent
 # Each part of the core, from the bottom up: it may import from its own level and from those before it.
 LEVELS = [
-    {"errors", "lazy", "names", "files", "ranks"},
+    {"errors", "lazy", "names", "files", "ranks", "stages"},
     {"diagnosis.model", "projects", "shelf", "hookspecs"},
     {"catalogue", "store"},
     {"manager", "sites", "context", "sandbox", "scenario", "spec"},
     {"diagnosis.diagnose"},  # and every part of a project
-    {"session", "results", "diff", "learn"},
+    {"session", "results", "points", "tolerance", "where", "explain", "diff", "bisect", "learn"},
     {"runtime", "attach"},
     {"matrix"},
     {"cli"},

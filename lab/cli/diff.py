@@ -13,7 +13,10 @@ from lab.errors import BadInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lab.diff import Difference, Point
+    from lab.diff import Difference
+    from lab.results import Results
+
+SHOWN = 8  # settings, and places, of many
 
 
 @click.command()
@@ -22,57 +25,71 @@ if TYPE_CHECKING:
 @click.option(
     "--tolerance",
     type=click.FloatRange(0.0, 1.0),
-    default=1e-5,
-    show_default=True,
-    help="What counts as equal.",
+    help="What counts as equal, relatively; 0: the last bit. By default, what rounding was measured to do in the runs.",
 )
 @json_option
-def diff(a: Path, b: Path, *, tolerance: float, as_json: bool) -> int:
+def diff(a: Path, b: Path, *, tolerance: float | None, as_json: bool) -> int:
     """Find the first step, and in it the most upstream place, at which the runs A and B differ.
 
-    Compares what both recorded, in the order in which it came about: weights at the start, learning rate, batch,
-    values through the model, loss, gradients back through it, weights. Of the same code on the same machine two runs
-    agree to the last bit (--tolerance 0); another way of computing the same rounds otherwise.
+    Compares what both recorded, in the order in which it came about: weights, random state, learning rate, batch,
+    values through the model, loss, gradients back through it, weights after the update. Runs that compute the same in
+    another order differ by rounding, and how far that goes was measured when they ran; what goes beyond is told.
 
     Exit status: 0 when they agree, 1 when they differ.
     """
-    from lab.diff import compare
-    from lab.results import load
+    from lab.diff import compare, processes, upstream
+    from lab.explain import explain
 
-    runs = load(a), load(b)
-    found = compare(*runs, tolerance)
-    if not found.compared and found.first is None:
+    pairs = list(zip(processes(a), processes(b), strict=False))
+    found = [compare(_load(mine), _load(others), tolerance) for mine, others in pairs]
+    if not any(each.count or each.first for each in found):
         raise BadInput(f"{a}, {b}: the two runs recorded nothing that can be compared")
+    which = upstream(found)
+    first = found[which]
     if as_json:
-        print_json(found.to_dict())
+        print_json({**first.to_dict(), "process": which, "explanation": explain(first)})
     else:
         from rich.console import Console
 
-        _print(found, Console(highlight=False))
-    return 0 if found.first is None else 1
+        console = Console(highlight=False)
+        if which:
+            console.print(f"[dim]process[/]  {which} of {len(pairs)}")
+        print_difference(first, console)
+    return 0 if first.first is None else 1
 
 
-def _print(found: Difference, console: Console) -> None:
+def _load(folder: Path) -> Results:
+    """Read a run that can be compared.
+
+    Raises:
+        BadInput: It cannot.
+    """
+    from lab.results import load
+
+    run = load(folder)
+    if not run.history.stages:
+        raise BadInput(f"{folder}: recorded by no probe that takes part in a comparison, or by an older lab")
+    return run
+
+
+def print_difference(found: Difference, console: Console) -> None:
+    """Print how two runs differ, for a person."""
     from rich.markup import escape
 
-    first, place = found.first, found.place
-    for key, (x, y) in found.settings.items():
-        console.print(f"[dim]setting[/]  {key}: {escape(f'{x!r} and {y!r}')}", soft_wrap=True)
+    from lab.explain import headline, sentences
+
+    told = [f"{key}: {x!r} and {y!r}" for key, (x, y) in found.settings.items()]
+    for line in told[:SHOWN]:
+        console.print(f"[dim]setting[/]  {escape(line)}", soft_wrap=True)
+    if len(told) > SHOWN:
+        console.print(f"[dim]setting[/]  and {len(told) - SHOWN} more: --json has them all")
     for which, sites in zip("AB", found.only, strict=True):
         if sites:
-            console.print(f"[dim]only in {which}[/]  {', '.join(sites[:6])}{', ...' if len(sites) > 6 else ''}")
-    agreed = ", ".join(f"{name} ({count})" for name, count in found.compared.items())
-    before = f"to {found.closest:.1g}" if found.closest else "to the last bit"
-    if first is None:
-        console.print(f"[green]they agree[/] {before}: {agreed}")
-        return
-    if agreed:
-        console.print(f"[dim]agree {before}[/]  {agreed}")
-    console.print(f"[red]they part[/] at step {first.step}, in the {_told(first)}")
-    if place is not None and place is not first:
-        console.print(f"inside, first seen at step {place.step}, in the {_told(place)}")
-
-
-def _told(point: Point) -> str:
-    where = f" of [cyan]{point.at}[/]" if point.at else ""
-    return f"{point.stage}{where}: {point.metric} {point.a:.6g} and {point.b:.6g}, {point.relative:.2g} apart"
+            more = f" and {len(sites) - SHOWN} more" if len(sites) > SHOWN else ""
+            console.print(f"[dim]only in {which}[/]  {escape(', '.join(sites[:SHOWN]))}{more}", soft_wrap=True)
+    colour = "green" if found.first is None else "red"
+    console.print(f"[{colour}]{escape(headline(found))}[/]", soft_wrap=True)
+    for sentence in sentences(found):
+        console.print(f"  {escape(sentence)}", soft_wrap=True)
+    if found.first is not None:
+        console.print(f"[dim]look at[/]  [cyan]{escape(found.where)}[/]", soft_wrap=True)

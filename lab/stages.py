@@ -1,0 +1,76 @@
+"""The parts of a training step, in the order in which it goes through them: how two runs are compared.
+
+A probe says of its metrics where in a step they belong (``@lab.probe(stages={"loss": lab.Stage("loss")})``), the run
+folder keeps it, and ``lab.diff`` reads it there: so a plugin's metrics are compared too, and where it is not installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Part = Literal[
+    "setting",
+    "weight",
+    "random",
+    "mode",
+    "rate",
+    "batch",
+    "value",
+    "loss",
+    "gradient",
+    "norm",
+    "clip",
+    "update",
+    "evaluation",
+    "experiment",
+]
+# In the order in which a step goes through them, and what a person calls each.
+PARTS: dict[Part, str] = {
+    "setting": "settings",
+    "weight": "weights before the step",
+    "random": "random state",
+    "mode": "training mode",
+    "rate": "learning rate",
+    "batch": "batch",
+    "value": "value",
+    "loss": "loss",
+    "gradient": "gradient",
+    "norm": "gradient norm before clipping",
+    "clip": "scale by which gradients were clipped",
+    "update": "weights after the update",
+    "evaluation": "evaluation",
+    "experiment": "experiments",
+}
+Kind = Literal["number", "signed", "share", "exact", "rounding", "drift"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where in a step a metric belongs, and how two values of it are compared.
+
+    Attributes:
+        part: The part of a step that makes it.
+        kind: ``number``: two are as far apart as their difference over the larger one. ``signed``: over `size`, for
+            what may be near 0. ``share``: as they are, for what is relative already. ``exact``: they are equal or not,
+            as counts and hashes are; nothing rounds them. ``rounding``: is not compared, but says how far, relatively,
+            rounding alone moves what this part records at that site; ``drift``: how far it does so after an update.
+        size: Of a ``signed`` metric, the metric that gives its size at the same site and step.
+    """
+
+    part: Part
+    kind: Kind = "number"
+    size: str = ""
+
+    @property
+    def text(self) -> str:
+        """What a run folder keeps."""
+        return f"{self.part} {self.kind} {self.size}".strip()
+
+    @classmethod
+    def read(cls, text: str) -> Stage | None:
+        """Read that back; None if a later version wrote it, and it means nothing here."""
+        part, kind, size, *_ = [*text.split(), "", "", ""]
+        if part not in PARTS or kind not in get_args(Kind):
+            return None
+        return cls(part, kind, size)  # type: ignore[arg-type]  # both were just looked up

@@ -1,0 +1,219 @@
+"""How far rounding alone moves the numbers of this very run: what `lab diff` takes for equal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lab import Probe, Stage, probe, torch
+
+from .fingerprint import HIDDEN
+from .signs import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from lab import Batch, Run, Site, Step
+
+ROWS = 2
+SEED = 20_260_101  # of a generator of its own: which signs are drawn means nothing
+FLIPPED = 2.0  # of an update's element, the most that rounding can change: its sign
+
+
+@probe(
+    "rounding",
+    title="How far rounding alone moves values, gradients and weights: what two runs are allowed to differ by",
+    cost="four forward and three backward passes on two rows, and a copy of the weights",
+    examines=True,
+    seldom=True,
+    stages={
+        "rounding.value": Stage("value", "rounding"),
+        "rounding.loss": Stage("loss", "rounding"),
+        "rounding.gradient": Stage("gradient", "rounding"),
+        "rounding.norm": Stage("norm", "rounding"),
+        "rounding.weight": Stage("weight", "rounding"),
+        "rounding.weight_drift": Stage("weight", "drift"),
+        "rounding.value_drift": Stage("value", "drift"),
+        "rounding.loss_drift": Stage("loss", "drift"),
+        "rounding.gradient_drift": Stage("gradient", "drift"),
+        "rounding.norm_drift": Stage("norm", "drift"),
+    },
+)
+class Rounding(Probe):
+    """Calls the model three times on the same rows, forward and backward, with the same random numbers.
+
+    Once more, forward alone, to see that the same call gives the same answer; else all that is recorded is NaN.
+
+    The second time, what each operator computes is changed by one unit of its format in the last place, up or down,
+    drawn by a generator of its own: as if every operator rounded otherwise (Parker's Monte Carlo arithmetic). Records,
+    relative to the first: ``rounding.value`` by site, ``rounding.gradient`` by site and parameter, ``rounding.norm`` of
+    all gradients together, ``rounding.loss``, and of each weight ``rounding.weight``, that unit.
+
+    The third time, the weights are those that the newest update would have given with the gradients of the second: an
+    element of an update changes by as much, relatively, as that of the gradient did, and at most to the opposite. That
+    is what an optimiser that divides each element by its size makes of a gradient that is nothing but rounding. Records
+    the same with ``_drift`` behind the name: how far rounding in one step moves the next.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        self._run = run
+        self._sent: Tensor | None = None
+        self._before: dict[str, Tensor] = {}
+        self._inner = {name for name, m in run.model.named_modules() if next(m.children(), None) is not None}
+        if run.sites.output:
+            self.read(run, run.sites.output, self._see, grad=True)
+
+    def _see(self, _site: Site, gradient: Tensor) -> None:
+        step = self._run.step
+        if step.thorough and step.part == step.parts - 1 and gradient.dim():
+            self._sent = gradient.detach()  # until the examination, a moment later
+
+    def lab_before_update(self, run: Run, step: Step) -> None:
+        if step.thorough:
+            self._before = {name: p.detach().clone() for name, p in run.parameters.items() if plain(p)}
+
+    def lab_examine(self, run: Run, step: Step) -> None:
+        sent, self._sent = self._sent, None
+        before, self._before = self._before, {}
+        if step.batch is None or sent is None or not before:
+            return
+        rows = step.batch.rows(ROWS)
+        first = self._pass(run, rows, sent)
+        if first is None:
+            return
+        again = self._pass(run, rows, None)
+        signs = torch.Generator(device=first.out.device).manual_seed(SEED)
+        with other_rounding(signs):
+            second = self._pass(run, rows, sent)
+        if again is None or second is None:
+            return
+        # A model that remembers its calls, or draws from elsewhere, answers otherwise each time: that is no rounding.
+        steady = _apart(first.out, again.out) <= _apart(first.out, second.out) / 2
+        steady = torch.where(steady, 1.0, torch.nan)
+        step.record_all("rounding.weight", tuple(before), _units(before.values(), first.out.device))
+        _record(step, "", first, second, sent, steady)
+        moved = self._drift(run, before, first, second)
+        if moved:
+            step.record_all("rounding.weight_drift", tuple(moved), torch.stack(list(moved.values())) * steady)
+            third = self._pass(run, rows, sent)
+            assert third is not None
+            _record(step, "_drift", first, third, sent, steady)
+
+    def _pass(self, run: Run, rows: Batch, sent: Tensor | None) -> Pass | None:
+        """Go forward, and backward from what was sent to the output, once; forward alone if nothing is sent."""
+        random = [run.device] if run.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=random), run.sites.capture("**") as values:
+            out = run.call(rows)
+            if sent is None:
+                return Pass(out.detach(), {}, {}, set())
+            if not out.requires_grad or out.dim() != sent.dim() or len(out) > len(sent):
+                return None
+            sent = sent[: len(out)].to(out.dtype)
+            if out.shape != sent.shape:
+                return None
+            inner = {
+                site.name: values[site.name]
+                for site in run.sites.match("**.out")
+                if site.module in self._inner and site.name in values and values[site.name].requires_grad
+            }
+            asked = {**inner, **{name: p for name, p in run.parameters.items() if p.requires_grad}}
+            found = torch.autograd.grad(out, list(asked.values()), sent, allow_unused=True)
+        gradients = {name: g for name, g in zip(asked, found, strict=True) if g is not None and plain(g)}
+        # A table that is looked up as a whole gives out its very weights, and these are changed for the third pass.
+        kept = {n: v.detach().clone() for n, v in values.items() if n.rpartition(".")[2] not in HIDDEN and plain(v)}
+        return Pass(out.detach(), kept, gradients, set(inner))
+
+    @staticmethod
+    def _drift(run: Run, before: dict[str, Tensor], first: Pass, second: Pass) -> dict[str, Tensor]:
+        """Put the weights where the newest update would have put them; return by how much each changed, relatively."""
+        moved = {}
+        with torch.no_grad():
+            for name, old in before.items():
+                if name in first.gradients and name in second.gradients:
+                    gradient, weight = first.gradients[name], run.parameters[name]
+                    share = (second.gradients[name] - gradient).abs() / gradient.abs()
+                    share = share.nan_to_num(0.0, posinf=FLIPPED).clamp_max(FLIPPED)
+                    change = (weight - old) * share
+                    moved[name] = _size(change) / _size(weight).clamp_min(1e-30)
+                    weight.sub_(change)
+        return moved
+
+
+class Pass:
+    """What one forward and backward pass made."""
+
+    def __init__(self, out: Tensor, values: dict[str, Tensor], gradients: dict[str, Tensor], inner: set[str]) -> None:
+        self.out, self.values, self.gradients, self.inner = out, values, gradients, inner
+
+
+def _record(step: Step, kind: str, first: Pass, second: Pass, sent: Tensor, steady: Tensor) -> None:
+    """Record how far two passes are apart; `steady` is 1, or NaN where that means nothing."""
+    for part in ("values", "gradients"):
+        mine, others = getattr(first, part), getattr(second, part)
+        names = tuple(n for n in mine if n in others and mine[n].shape == others[n].shape)
+        if names:
+            apart = torch.stack([_apart(mine[name], others[name]) for name in names])
+            step.record_all(f"rounding.{part[:-1]}{kind}", names, apart * steady)
+    weights = [name for name in first.gradients if name not in first.inner]
+    if weights:
+        differences = [_size(second.gradients[name] - first.gradients[name]) for name in weights]
+        sizes = [_size(first.gradients[name]) for name in weights]
+        norms = [torch.linalg.vector_norm(torch.stack(found)) for found in (differences, sizes)]
+        step.record(f"rounding.norm{kind}", norms[0] / norms[1].clamp_min(1e-30) * steady)
+    if step.loss is not None and step.loss.numel() == 1:
+        # To first order a loss changes by its gradient times the change of the output; the rows stand for all of them.
+        share = len(sent) / len(first.out)
+        change = share * _size(sent[: len(first.out)]) * _size(second.out - first.out)
+        unit = torch.finfo(first.out.dtype).eps
+        relative = change / step.loss.detach().abs().double().clamp_min(1e-30)
+        step.record(f"rounding.loss{kind}", (relative + unit) * steady)
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    return _size(a - b) / _size(a).clamp_min(1e-30)
+
+
+def _size(x: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(x.detach().double())
+    return size
+
+
+def _units(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    return torch.tensor([torch.finfo(x.dtype).eps for x in tensors], dtype=torch.float64, device=device)
+
+
+def other_rounding(generator: torch.Generator) -> Any:
+    """Return a block in which each operator's floating-point result is changed by a unit in its last place.
+
+    Left as they are: what is made of no such number, as constants and counts; views and what is written in place, which
+    compute nothing new or are read elsewhere; and what would become infinite.
+    """
+
+    class OtherRounding(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: SLF001
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            shares_memory = any(r.alias_info is not None for r in func._schema.returns)  # noqa: SLF001
+            if shares_memory or not _any_float((args, kwargs)):
+                return out
+            return _changed(out, generator)
+
+    return OtherRounding()  # type: ignore[no-untyped-call]
+
+
+def _any_float(value: Any) -> bool:
+    if torch.is_tensor(value):
+        return bool(value.is_floating_point())
+    if isinstance(value, dict):
+        value = value.values()
+    return any(map(_any_float, value)) if not isinstance(value, (str, bytes)) and hasattr(value, "__iter__") else False
+
+
+def _changed(out: Any, generator: torch.Generator) -> Any:
+    if isinstance(out, (tuple, list)):
+        return type(out)(_changed(part, generator) for part in out)
+    if not torch.is_tensor(out) or not plain(out) or out.device != generator.device:
+        return out
+    signs = torch.empty_like(out).bernoulli_(0.5, generator=generator)
+    other = out * (1 + torch.finfo(out.dtype).eps * (2 * signs - 1))
+    return torch.where(other.isfinite(), other, out)
