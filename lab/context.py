@@ -107,6 +107,7 @@ class Step:
             although nothing had used them; counted in the first steps and in those that are examined, in a loop that
             the lab did not write.
         loaders: How often a loader of several batches began anew, in a loop that the lab did not write.
+        graphs: How many answers of an evaluation just before carry a graph that nobody used, in such a loop.
         grad_norm: The norm of all gradients before clipping.
         clips: Each clipping of gradients between the backward pass and the update, as far as it was seen.
         lr: The learning rate.
@@ -124,6 +125,7 @@ class Step:
     passes: int = 0
     cleared: int = 0
     loaders: int = 0
+    graphs: int = 0
     grad_norm: Tensor | None = None
     clips: list[Clip] = field(default_factory=list)
     lr: float | None = None

@@ -32,6 +32,10 @@ class Waste(Probe):
         run.step.record("evaluation.graphs", self._graphs)
         return loss
 
+    def lab_before_update(self, step: Step) -> None:
+        if step.graphs:  # in a loop that the lab did not write
+            step.record("evaluation.graphs", step.graphs)
+
     def lab_generate(self, run: Run) -> Generator[None, Tensor, Tensor]:
         self._calls = self._before = self._repeated = 0
         tokens = yield

@@ -256,11 +256,11 @@ class Watch:
             self._functions.turn(on=self.run.step.examined)
 
     def _end_evaluation(self) -> None:
-        """Record the graphs that an evaluation built in vain, once it is the third that does."""
+        """Count the graphs that an evaluation built in vain, once it is the third that does."""
         if self._graphs:
             self._rounds += 1
             if self._rounds >= SOON:
-                self.run.step.record("evaluation.graphs", float(self._graphs))
+                self.run.step.graphs = self._graphs
         self._graphs = 0
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> None:
