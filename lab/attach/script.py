@@ -49,12 +49,14 @@ class Finder:
     Attributes:
         watching: What was found; None until then.
         made: How many optimisers were made.
+        why_not: Why a module that was found is not watched; empty if none was found that cannot be.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, examine_every: int) -> None:
         self.folder, self.catalogue, self.examine_every = folder, catalogue, examine_every
         self.watching: Watch | None = None
         self.made = 0
+        self.why_not = ""
         self._searching = True
         # Weak: an optimiser that the script lets go of has to go.
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -124,6 +126,9 @@ class Finder:
         if not shares:
             return
         self._searching = False
+        if _is_cut(module):
+            self.why_not = "each process holds a part of the weights only (FSDP, ZeRO): that cannot be watched yet"
+            return
         optimizer = max(shares, key=lambda share: share[0])[1]
         self.watching = Watch(module, optimizer, self.folder, (), self.catalogue, self.examine_every, calls=self._calls)
         known = self._schedulers.get(optimizer)
@@ -138,6 +143,14 @@ class Finder:
         kind = type(error) if error is not None else None
         self.watching.__exit__(kind, error, error.__traceback__ if error is not None else None)
         return self.watching.diagnosis
+
+
+def _is_cut(module: nn.Module) -> bool:
+    """Whether the weights are cut between processes: an experiment in one of them would wait for the others."""
+    kinds = {type(each).__name__ for each in (*module.parameters(), *module.modules())}
+    return bool(kinds & {"DTensor", "FlatParameter", "FullyShardedDataParallel"}) or any(
+        hasattr(p, "ds_id") for p in module.parameters()
+    )
 
 
 # ---------------------------------------------------------------- running a script as Python does

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,11 +73,7 @@ def _report(diagnosis: Diagnosis | None, finder: Finder, script: str, folder: Pa
 
     console = Console(stderr=True)
     if diagnosis is None:
-        why = "no optimiser was made" if not finder.made else "no module that an optimiser trains was called"
-        inside = (
-            "; what a compiled function calls is not seen" if finder.made and "torch._dynamo" in sys.modules else ""
-        )
-        click.echo(f"lab: {script}: nothing to diagnose: {why} while it ran{inside}", err=True)
+        click.echo(f"lab: {script}: nothing to diagnose: {_why(finder)}", err=True)
         return
     assert finder.watching is not None
     if as_json:
@@ -96,7 +93,19 @@ def _report(diagnosis: Diagnosis | None, finder: Finder, script: str, folder: Pa
     console.print(f"[dim]kept in[/] {where} [dim]· look:[/] lab diagnose {where}", soft_wrap=True)
 
 
+def _why(finder: Finder) -> str:
+    """Why nothing was watched."""
+    if finder.why_not:
+        return finder.why_not
+    if not finder.made:
+        return "no optimiser was made while it ran"
+    compiling = "; what a compiled function calls is not seen" if "torch._dynamo" in sys.modules else ""
+    return f"no module that an optimiser trains was called while it ran{compiling}"
+
+
 def _new_name() -> Path:
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:  # one name for the processes of one launcher
+        return RUNS / f"exec-of-{os.getppid()}"
     number = 1
     while (RUNS / f"exec-{number}").exists():
         number += 1

@@ -175,6 +175,56 @@ def test_a_script_that_trains_nothing_is_told_so(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run").exists()
 
 
+CUT = """
+import torch, tempfile
+from torch import distributed as dist, nn
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo", store=dist.FileStore(tempfile.mktemp(), 1), rank=0, world_size=1)
+net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+fully_shard(net, mesh=dist.init_device_mesh("cpu", (1,)))
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+net(torch.randn(3, 4)).square().mean().backward()
+opt.step()
+dist.destroy_process_group()
+"""
+
+
+def test_weights_that_are_cut_between_processes_are_let_alone(tmp_path: Path) -> None:
+    path = tmp_path / "cut.py"
+    path.write_text(CUT)
+    done = python(*EXEC, "--out", "run", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to diagnose: each process holds a part of the weights only (FSDP, ZeRO)" in done.stderr
+
+
+RANKS = """
+import torch, torch.distributed as dist
+from torch import nn
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 4)))
+opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
+torch.manual_seed(dist.get_rank())
+for step in range(12):
+    x = torch.randn(16, 6)
+    opt.zero_grad()
+    nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
+    opt.step()
+dist.destroy_process_group()
+"""
+
+
+def test_each_process_of_a_launcher_is_watched_and_the_first_reports(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(RANKS)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
+    done = python(*launch, *EXEC, "train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("healthy") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    for each in (folder, folder / "rank-1"):
+        assert json.loads((each / "diagnosis.json").read_text())["verdict"] == "healthy"
+
+
 def test_a_script_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of(["exec", str(tmp_path / "none.py")]) == 2
     assert "none.py: no such script; -m takes the name of a module" in capsys.readouterr().err
