@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Trained = tuple[Optimizer, LRScheduler | None]
 
 SHARE = 0.1  # of an optimiser's weights have to be in a module for it to be what the optimiser trains, as in `lab exec`
+# What a copy of a callback leaves behind; Lightning hangs the last two on it, and the module that it trains with them.
+OF_A_TRAINING = {"watching", "_diagnosis", "_open", "_is_open", "_found_something", "log", "log_dict"}
 WORDS = ("raise", "stop", "warn", "log")
 
 
@@ -77,7 +79,7 @@ class Watcher:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle has the options, and watches nothing."""
-        return {**vars(self), "watching": None, "_diagnosis": None, "_open": None, "_is_open": False}
+        return {name: value for name, value in vars(self).items() if name not in OF_A_TRAINING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -162,10 +164,7 @@ class Watcher:
             nonlocal waiting
             answer = closure(*more, **named)
             if waiting and self.watching is not None and self.watching.run.optimizer is optimizer:
-                run = self.watching.run
-                run.step.lr = float(optimizer.param_groups[0]["lr"])
-                with torch.no_grad():
-                    run.plugins.event("lab_before_update", run, step=run.step)
+                self.watching.gradients_made(self.watching.run.step)
             waiting = False
             return answer
 
