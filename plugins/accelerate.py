@@ -44,7 +44,7 @@ class watch(Watcher):  # noqa: N801 - called as lab.watch is
         options: Those of `Watcher`, which are those of `lab.watch`; without ``on_finding="stop"``: the loop is yours.
 
     Raises:
-        BadInput: It is no Accelerator; or as for `Watcher`.
+        BadInput: It is no Accelerator, or an option is wrong.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class watch(Watcher):  # noqa: N801 - called as lab.watch is
     ) -> None:
         if not isinstance(accelerator, Accelerator):
             raise BadInput(f"a {type(accelerator).__name__} is no Accelerator: watch(accelerator, model, optimizer)")
+        if options.get("on_finding") == "stop":
+            raise BadInput("on_finding = 'stop': there is no trainer to ask; give a function that tells your loop")
         super().__init__(**options)
         self._accelerator = accelerator
         self._model = accelerator.unwrap_model(model)
