@@ -11,7 +11,6 @@ import dataclasses
 import inspect
 import math
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 from annotated_types import Ge
@@ -220,7 +219,7 @@ def probe(
     examines: bool = False,
     seldom: bool = False,
     on_request: bool = False,
-    stages: Mapping[str, Stage] = MappingProxyType({}),
+    stages: Mapping[str, Stage] | None = None,
 ) -> Callable[[type[T]], type[T]]:
     """Mark a class as a probe: watching, or (`examines`) running experiments in `lab_examine`.
 
@@ -238,7 +237,7 @@ def probe(
     """
 
     def mark(cls: type[T]) -> type[T]:
-        cls.info = ProbeInfo(id, title, every, cost, examines, seldom, on_request, stages, _doc(cls))  # type: ignore[attr-defined]
+        cls.info = ProbeInfo(id, title, every, cost, examines, seldom, on_request, dict(stages or {}), _doc(cls))  # type: ignore[attr-defined]
         cls.every = every  # type: ignore[attr-defined]
         return cls
 
