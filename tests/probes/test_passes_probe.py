@@ -115,7 +115,7 @@ def looked_at(model: nn.Module, optimizer: Any, x: Tensor) -> None:
         optimizer.zero_grad()
         loss.backward(retain_graph=True)
     optimizer.zero_grad()
-    sum(losses).backward()
+    (losses[0] + losses[1]).backward()
     optimizer.step()
 
 
