@@ -22,7 +22,7 @@ class Counting(nn.Module):
         self.calls = 0
         self.seen: list[float] = [1.0]
         self.cache: dict[str, Any] = {"kept": 1}
-        self.shapes = {(2, 4)}
+        self.shapes: set[tuple[int, ...]] = {(2, 4)}
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -42,7 +42,7 @@ def test_everything_is_put_back() -> None:
     seen, state = model.seen, {k: v.clone() for k, v in model.state_dict().items()}
     before = {name: repr(value) for name, value in vars(model).items() if not name.startswith("_")}
     gradient = model.layer.weight.grad
-    drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index, union-attr]
+    drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     versions = [p._version for p in model.parameters()]
     with sandbox(model, Sites()):
         model.eval()
@@ -61,7 +61,7 @@ def test_everything_is_put_back() -> None:
     assert model.layer.weight.grad is gradient
     assert [p._version for p in model.parameters()] == versions
     assert random.getstate() == drawn[0]
-    assert np.random.get_state()[1].tolist() == drawn[1]  # type: ignore[index, union-attr]
+    assert np.random.get_state()[1].tolist() == drawn[1]  # type: ignore[index]
     assert torch.equal(torch.get_rng_state(), drawn[2])
 
 
