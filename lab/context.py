@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from lab.errors import LookAgain, NotChecked, one_line
 from lab.sites import Sites
@@ -259,7 +260,7 @@ class Run:
         """Call the model as training does; return the first floating-point tensor that it answers.
 
         Raises:
-            TypeError: It answers none.
+            NotChecked: None is known in what it answers.
         """
         return first_tensor(self.answer(batch))
 
@@ -292,21 +293,36 @@ def autocast_now(device: str) -> Autocast:
 def first_tensor(answer: Any) -> Tensor:
     """Return the floating-point tensor that a module's answer is about: itself, its ``logits``, or the first inside.
 
-    A single number is returned only where there is nothing else: a model may give its loss beside its output.
+    Of a distribution without logits it is the mean. A single number is returned only where there is nothing else: a
+    model may give its loss beside its output.
 
     Raises:
-        TypeError: There is none.
+        NotChecked: There is none.
     """
     if isinstance(answer, Tensor) and answer.is_floating_point():
         return answer
     named = answer.get("logits") if isinstance(answer, dict) else getattr(answer, "logits", None)
     if isinstance(named, Tensor):
         return named
+    mean = _mean(answer) if isinstance(answer, Distribution) else None
+    if mean is not None:
+        return mean
     parts = list(answer.values()) if isinstance(answer, dict) else answer
     found = []
     for part in parts if isinstance(parts, (tuple, list)) else ():
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(NotChecked):
             found.append(first_tensor(part))
     if not found:
-        raise TypeError(f"no floating-point tensor in a {type(answer).__name__}")
+        raise NotChecked(
+            f"the model answers with a {type(answer).__name__}, in which no floating-point tensor is known"
+        )
     return next((value for value in found if value.dim()), found[0])  # a number beside others is a loss
+
+
+def _mean(distribution: Distribution) -> Tensor | None:
+    """The mean of a distribution; None of one that has none, as Cauchy's, or for which nobody has a formula."""
+    try:
+        mean = distribution.mean
+    except NotImplementedError:
+        return None
+    return mean if mean.is_floating_point() and not bool(mean.isnan().all()) else None

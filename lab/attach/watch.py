@@ -245,10 +245,10 @@ class Watch:
             return  # a call of the same module within this one was the model's: around it stands a step of training
         self._answers += 1
         if self.run.sites.mode == "evaluate" and torch.is_grad_enabled():
-            with contextlib.suppress(TypeError, NotChecked):
+            with contextlib.suppress(NotChecked):
                 self._graphs += first_tensor(output).requires_grad
         if self._training:
-            with contextlib.suppress(TypeError):
+            with contextlib.suppress(NotChecked):
                 answer = first_tensor(output)
                 if answer.dim():  # a single number is a loss
                     self.run.step.logits = answer

@@ -1,0 +1,90 @@
+"""Which tensor an answer of a module is about."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Bernoulli, Categorical, Cauchy, Distribution, Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
+
+import lab
+from lab.context import first_tensor
+from lab.errors import NotChecked
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Z = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Z,
+        (torch.tensor(1.5), Z),  # a loss beside it
+        {"loss": torch.tensor(1.5), "logits": Z},
+        SimpleNamespace(loss=torch.tensor(1.5), logits=Z),
+        {"tokens": torch.arange(3), "out": [Z]},
+        Normal(Z, 1.0),
+        (torch.tensor(1.5), Normal(Z, 1.0)),
+        Bernoulli(logits=Z),
+    ],
+)
+def test_the_tensor_of_an_answer(answer: Any) -> None:
+    assert torch.equal(first_tensor(answer), Z)
+
+
+def test_a_categorical_has_logits_and_no_mean() -> None:
+    assert torch.allclose(first_tensor(Categorical(logits=Z)), Z.log_softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (Cauchy(Z, 1.0), "Cauchy"),
+        (TransformedDistribution(Normal(Z, 1.0), [TanhTransform()]), "TransformedDistribution"),
+        (torch.arange(3), "Tensor"),
+        ({"tokens": torch.arange(3)}, "dict"),
+        (None, "NoneType"),
+    ],
+)
+def test_where_there_is_none_nothing_is_checked(answer: Any, kind: str) -> None:
+    with pytest.raises(NotChecked, match=f"the model answers with a {kind}, in which no floating-point tensor"):
+        first_tensor(answer)
+
+
+class Process(nn.Module):
+    """Answers with a distribution, squashed or not."""
+
+    def __init__(self, *, squashed: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.squashed = squashed
+
+    def forward(self, x: torch.Tensor) -> Distribution:
+        mean, scale = self.body(x).chunk(2, dim=-1)
+        normal = Normal(mean, 0.1 + nn.functional.softplus(scale))
+        return TransformedDistribution(normal, [TanhTransform()]) if self.squashed else normal
+
+
+@pytest.mark.parametrize("squashed", [False, True])
+def test_a_model_that_answers_with_a_distribution(tmp_path: Path, *, squashed: bool) -> None:
+    torch.manual_seed(0)
+    model = Process(squashed=squashed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with lab.watch(model, optimizer, out=tmp_path / "run") as watch:
+        for _ in range(12):
+            x = torch.randn(16, 3)
+            loss = -model(x).log_prob(0.5 * torch.tanh(x[:, :1])).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert watch.diagnosis.verdict == "healthy"
+    assert watch.run.plugins.set_aside == {}
+    assert ("evaluation.random" in watch.diagnosis.checked) is not squashed
+    if squashed:
+        assert "a TransformedDistribution" in watch.diagnosis.not_checked["evaluation.random"]
