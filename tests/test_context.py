@@ -81,7 +81,7 @@ def test_a_model_that_answers_with_a_distribution(tmp_path: Path, *, squashed: b
             x = torch.randn(16, 3)
             loss = -model(x).log_prob(0.5 * torch.tanh(x[:, :1])).mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     assert watch.diagnosis.verdict == "healthy"
     assert watch.run.plugins.set_aside == {}
