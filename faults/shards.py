@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SAME_SHARD = Cause(
     id="distributed.same_shard",
     title="Every process reads the same rows",
-    must=("shards.same",),
+    must=("shards.same*",),
     place="data",
     repair="Give the DataLoader a DistributedSampler(dataset, num_replicas=world, rank=rank), or split_dataset_by_node "
     "in datasets; an IterableDataset has to skip the others' rows itself. Call sampler.set_epoch(epoch).",
@@ -34,7 +34,7 @@ SHARD_OFF_BY_ONE = Cause(
     id="distributed.shard_off_by_one",
     title="The shares of two processes overlap",
     must=("shards.overlap",),
-    cannot=("shards.same",),
+    cannot=("shards.same*",),
     place="data",
     repair="Let share r of n end where share r + 1 begins: rows[r * n : (r + 1) * n], or rows[rank::world]; "
     "DistributedSampler and Tensor.chunk do it. Where rows overlap, others are in no share.",

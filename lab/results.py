@@ -12,6 +12,7 @@ from lab.diagnosis.diagnose import diagnose
 from lab.errors import BadInput, nearest
 from lab.files import FINDINGS, METRICS, RUN
 from lab.manager import discover
+from lab.processes import read_others
 from lab.store import read_history
 
 if TYPE_CHECKING:
@@ -104,4 +105,6 @@ def load(path: str | Path) -> Results:
             about = tomllib.loads(run_file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{run_file}: damaged: {error}") from None
-    return Results(folder, about, read_history(folder / METRICS))
+    history = read_history(folder / METRICS)
+    history.others = read_others(folder)
+    return Results(folder, about, history)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lab.catalogue import Catalogue
     from lab.context import Run, Step
     from lab.diagnosis.model import Diagnosis, Symptom
-    from lab.store import Row
+    from lab.store import History, Row
 
 
 WHOLE = 10_000  # steps of which every one is kept; of later ones fewer and fewer
@@ -42,15 +42,23 @@ class Session:
             of the one before, or 40 times the cadence away.
         agree: Whether any process of several wants to look again. An experiment calls the model, and the processes
             may have to call it together.
+        others: Reads what other processes of the same training have shown, when this one has ended; it may wait for
+            them where it is told that this one ended well.
     """
 
     def __init__(
-        self, run: Run, catalogue: Catalogue, *, examine_every: int = 10, agree: Callable[[bool], bool] = bool
+        self,
+        run: Run,
+        catalogue: Catalogue,
+        *,
+        examine_every: int = 10,
+        agree: Callable[[bool], bool] = bool,
+        others: Callable[[bool], dict[str, History]] = lambda _: {},
     ) -> None:
         self.run = run
         self.catalogue = catalogue
         self.examine_every = examine_every
-        self.agree = agree
+        self.agree, self.others = agree, others
         self.store = Store(run.folder / METRICS)
         self._known: set[tuple[str, str]] = set()
         self._look_again = False
@@ -120,12 +128,13 @@ class Session:
                     self._flush(run.step)
             self.fact("ended", f"after step {run.step.index}")
         self._note_reasons()
+        self.store.write_order(run.sites.order)
+        self.store.commit()  # before there is a diagnosis: who waits for that one reads this
+        run.history.others = self.others(ended)
         diagnosis = diagnose(run.history, self.catalogue)
         self._tell(diagnosis.symptoms, run.step)
         text = json.dumps(plain(diagnosis.to_dict()), indent=2, allow_nan=False)
         (run.folder / DIAGNOSIS).write_text(text + "\n", encoding="utf-8")
-        self.store.write_order(run.sites.order)
-        self.store.commit()
         run.plugins.event("lab_end", run, diagnosis=diagnosis)
         return diagnosis
 

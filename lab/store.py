@@ -123,6 +123,8 @@ class History:
         facts: What is known of the run once and for all, in words.
         stages: Name of each metric by which runs are compared, and where in a step it belongs.
         reasons: Id of each probe that was set aside or could not judge, and why.
+        others: What the other processes of the same training have shown, by the name of their folder. It is known
+            when they have ended, and of trainings only that the lab did not write.
         last_step: The newest step that was recorded; -1 before the first.
     """
 
@@ -130,6 +132,7 @@ class History:
     facts: dict[str, str] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    others: dict[str, History] = field(default_factory=dict)
     last_step: int = -1
     _layouts: dict[Columns, _Layout] = field(default_factory=dict)
     _where: dict[str, dict[str, list[tuple[_Layout, int]]]] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lab import History, Run, Step
+
+NONE = "there is one process, or the others left nothing that could be compared"
 
 
 @probe("ranks", title="Do the processes hold the same weights?", every=10, cost="one sum a weight and a small message")
@@ -51,8 +54,8 @@ class Ranks(Probe):
         step.record("ranks.apart", (~self._began & ~alike & same & (sums[1] != 0)).sum())
 
     def lab_examine(self, run: Run) -> None:
-        if reason := why_not(run):
-            raise NotChecked(reason)
+        if run.config is not None and (reason := why_not(run)):
+            raise NotChecked(reason)  # in a loop of others it shows when all have ended
 
 
 def why_not(run: Run) -> str:
@@ -62,34 +65,125 @@ def why_not(run: Run) -> str:
     if torch.distributed.get_world_size() == 1:
         return "there is one process"
     # A message that some processes do not take part in is waited for without end.
-    return "" if run.config is not None else "whether every process is watched is not known"
+    return "" if run.config is not None else "in a loop of others nothing is sent while it trains"
 
 
-def _apart(history: History, metric: str) -> tuple[int, float] | None:
-    """Return the look from which some weights differ in every one, and how many did.
+class Looks:
+    """What the processes were seen to have in common, look by look.
+
+    Of the lab's own training it was recorded as the probe `Ranks` says. In a loop of others, the fingerprints that each
+    process recorded are compared: of equal bits they are equal, and two that differ differ in them as well.
+
+    Attributes:
+        steps: Of the looks, [n] as all that follows.
+        alike: The share of weights that all began with alike.
+        drifted: How many of these are not alike any more.
+        gradients: How many of them have gradients that are not.
+        apart: How many weights differ from the beginning on and have gradients that do not, and are not 0.
+        batches: 1 where all were called with the same batch; NaN where that is not known.
 
     Raises:
-        NotChecked: There are too few looks, or the processes do not hold the same model.
+        NotChecked: There is nothing to compare.
     """
-    series = history.series(metric)
-    if not history.last("ranks.alike") == 1:
-        raise NotChecked("weights are cut between the processes, or did not begin alike")
-    if len(series) < 2:
-        raise NotChecked("one look at the processes tells of no drift")
-    found = series.first(series.values > 0)
-    return found if found and all(series.values[series.steps >= found[0]] > 0) else None
+
+    def __init__(self, history: History) -> None:
+        if history.others:
+            self._compare([history, *history.others.values()])
+            return
+        names = ("alike", "drifted", "gradients", "apart")
+        self.alike, self.drifted, self.gradients, self.apart = (history.series(f"ranks.{n}").values for n in names)
+        self.steps = history.series("ranks.alike").steps
+        self.batches = np.full(len(self.steps), np.nan)
+        if not len(self.steps):
+            raise NotChecked(history.reasons.get("ranks", NONE))
+
+    def _compare(self, each: list[History]) -> None:
+        steps = sorted(set.intersection(*map(_steps, each)))
+        kinds = ("weight", "gradient", "batch")
+        weights, gradients, batches = ([_prints(one, kind, steps) for one in each] for kind in kinds)
+        names = _names(weights)
+        if not steps or not names:
+            raise NotChecked(NONE)
+        alike, same = (
+            np.stack([_equal(prints, name, len(steps)) for name in names]) for prints in (weights, gradients)
+        )
+        moving = np.stack([(gradients[0].get(name, np.zeros((1, len(steps)))) != 0).any(0) for name in names])
+        began = alike[:, :1]  # of [weights looks]
+        self.steps = np.array(steps)
+        self.alike = np.broadcast_to(began, alike.shape).mean(0)
+        self.drifted = (began & ~alike).sum(0)
+        self.gradients = (began & ~same).sum(0)
+        self.apart = (~began & ~alike & same & moving).sum(0)
+        called = [_equal(batches, name, len(steps)) for name in _names(batches)]
+        self.batches = np.stack(called).all(0).astype(float) if called else np.full(len(steps), np.nan)
+
+    def lasting(self, counts: np.ndarray) -> tuple[int, float] | None:
+        """The look from which a count is above 0 in every one, and what it was.
+
+        Raises:
+            NotChecked: It is so in the only look that there is.
+        """
+        where = np.flatnonzero(counts > 0)
+        if not len(where) or not (counts[where[0] :] > 0).all():
+            return None
+        if len(counts) < 2:
+            raise NotChecked("one look at the processes tells of no difference that stays")
+        return int(self.steps[where[0]]), float(counts[where[0]])
+
+    def need_one_model(self) -> None:
+        """Require that all processes began with the same weights.
+
+        Raises:
+            NotChecked: They did not.
+        """
+        if self.alike[-1] != 1:
+            raise NotChecked("weights are cut between the processes, or did not begin alike")
+        if len(self.steps) < 2:
+            raise NotChecked("one look at the processes tells of no drift")
+
+
+def _steps(history: History) -> set[int]:
+    """The steps at which weights were read."""
+    sites = history.sites("fingerprint.weight")[:1]
+    return {int(step) for site in sites for step in history.series("fingerprint.weight", site).steps}
+
+
+def _names(each: list[dict[str, np.ndarray]]) -> list[str]:
+    return list(dict.fromkeys(name for one in each for name in one))
+
+
+def _prints(history: History, kind: str, steps: list[int]) -> dict[str, np.ndarray]:
+    """The fingerprints of each tensor of a kind, [numbers looks], of those that were taken at each of the steps."""
+    found: dict[str, list[np.ndarray]] = {}
+    for metric in (f"fingerprint.{kind}", f"fingerprint.{kind}_signed"):
+        for site, series in history.each(metric):
+            values = dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))  # the last of a step counts
+            if all(step in values for step in steps):
+                found.setdefault(site, []).append(np.array([values[step] for step in steps]))
+    return {site: np.stack(numbers) for site, numbers in found.items()}
+
+
+def _equal(each: list[dict[str, np.ndarray]], name: str, looks: int) -> np.ndarray:  # -> [looks]
+    """At which looks all processes have the same; what only some of them have is not the same."""
+    first = each[0].get(name)
+    if first is None or any(name not in one or one[name].shape != first.shape for one in each):
+        return np.full(looks, all(name not in one for one in each))
+    alike = [((one[name] == first) | (np.isnan(one[name]) & np.isnan(first))).all(0) for one in each]
+    return np.asarray(np.stack(alike).all(0))
 
 
 @rule(
     "ranks.drift",
     title="All processes keep the same weights",
-    reads=("ranks.drifted",),
+    reads=(),
     basis="experiment",
     phase="update",
 )
 def ranks_drift(history: History) -> Iterator[Symptom]:
     """What was alike, and is given the same updates, stays alike to the last bit; if not, it drifts."""
-    if found := _apart(history, "ranks.drifted"):
+    looks = Looks(history)
+    looks.need_one_model()
+    if found := looks.lasting(looks.drifted):
         step, count = found
         text = f"{count:.0f} weights that all processes began with alike differ at step {step}"
         yield Symptom(at="", since=step, seen=count, expected="0", text=text)
@@ -98,13 +192,15 @@ def ranks_drift(history: History) -> Iterator[Symptom]:
 @rule(
     "ranks.gradients",
     title="All processes update by the same gradients",
-    reads=("ranks.gradients",),
+    reads=(),
     basis="experiment",
     phase="backward",
 )
 def ranks_gradients(history: History) -> Iterator[Symptom]:
     """Averages over all processes are the same in each of them, to the last bit."""
-    if found := _apart(history, "ranks.gradients"):
+    looks = Looks(history)
+    looks.need_one_model()
+    if found := looks.lasting(looks.gradients):
         step, count = found
         text = f"just before the update of step {step} the processes hold other gradients of {count:.0f} weights"
         yield Symptom(at="", since=step, seen=count, expected="0", text=text)
@@ -113,7 +209,7 @@ def ranks_gradients(history: History) -> Iterator[Symptom]:
 @rule(
     "ranks.apart",
     title="Gradients are averaged of one model",
-    reads=("ranks.apart",),
+    reads=(),
     basis="experiment",
     phase="forward",
 )
@@ -123,11 +219,32 @@ def ranks_apart(history: History) -> Iterator[Symptom]:
     Who averages gradients means to train one model. Where weights are cut, or each process has experts of its own,
     their gradients differ as they do.
     """
-    series = history.series("ranks.apart")
-    found = series.first(series.values > 0)
-    if found and all(series.values[series.steps >= found[0]] > 0):
-        if len(series) < 2:
-            raise NotChecked("one look at the processes tells of no difference that stays")
+    looks = Looks(history)
+    if found := looks.lasting(looks.apart):
         step, count = found
         text = f"{count:.0f} weights differ between the processes at step {step}, and are given the same gradients"
         yield Symptom(at="", since=step, seen=count, expected="0", text=text)
+
+
+@rule(
+    "shards.same_batch",
+    title="Each process trains on rows of its own",
+    reads=(),
+    basis="experiment",
+)
+def shards_same_batch(history: History) -> Iterator[Symptom]:
+    """Processes that hold the same weights, and are given the same rows in every look, compute one thing twice.
+
+    The rows have to be others from look to look: who trains on one batch on purpose has only that.
+    """
+    looks = Looks(history)
+    looks.need_one_model()
+    if np.isnan(looks.batches).any():
+        raise NotChecked("the batches are not known")
+    seen = [history.series("fingerprint.batch", site).values for site in history.sites("fingerprint.batch")]
+    if all((values == values[:1]).all() for values in seen):
+        raise NotChecked("every batch is the same")
+    if looks.batches.all():
+        count = len(history.others) + 1
+        text = f"all {count} processes were called with the same batch in each of {len(looks.steps)} looks"
+        yield Symptom(at="", since=int(looks.steps[0]), seen=count, expected="1", text=text)

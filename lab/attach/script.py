@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import os
 import runpy
 import sys
 import types
@@ -248,8 +247,3 @@ def _outside(error: BaseException) -> types.TracebackType | None:
 
 def _ours(file: str) -> bool:
     return file in (__file__, runpy.__file__) or file.startswith("<frozen runpy")
-
-
-def rank() -> int:
-    """The rank of this process, where a launcher such as torchrun started several; else 0."""
-    return int(os.environ.get("RANK", "0") or 0)

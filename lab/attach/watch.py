@@ -7,6 +7,8 @@ model's forward pass, from ``backward``, and from the optimiser's step.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,8 +22,9 @@ from lab.attach.modules import Hook, ModuleSites
 from lab.attach.passes import Passes
 from lab.context import IGNORED, Batch, Clip, Run, Step, autocast_now, first_tensor
 from lab.errors import NotChecked
-from lab.files import new_folder, write_run_file
+from lab.files import METRICS, new_folder, write_run_file
 from lab.manager import Manager, discover
+from lab.processes import PATIENCE, own_folder, place, read_others
 from lab.session import SOON, Session
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from lab.attach.findings import OnFinding
     from lab.catalogue import Catalogue, Plugin
     from lab.diagnosis.model import Diagnosis
+    from lab.store import History
 
 
 def watch(
@@ -66,7 +70,8 @@ def watch(
     Args:
         model: Any module.
         optimizer: What trains it.
-        out: The run folder; by default a new one in ``runs``.
+        out: The run folder; by default a new one in ``runs``. Of several processes the first has this one, and each
+            other one a folder in it; the first compares them.
         plugins: More to take part, such as a fault or a probe of your own.
         catalogue: Where probes, rules and causes are found; by default everything that is installed.
         examine_every: The cadence of experiments, in steps; later in the run more seldom (see `lab.session.Session`).
@@ -79,7 +84,7 @@ def watch(
     Raises:
         BadInput: `out` holds a run already, there is no such probe, or `on_finding` is another word.
     """
-    folder = Path(out) if out is not None else _new_name()
+    folder = own_folder(Path(out)) if out is not None else _new_folder()
     findings = Findings(on_finding)
     more = (*plugins, findings)
     watching = Watch(model, optimizer, folder, more, catalogue or discover(), examine_every, scheduler, probes)
@@ -87,11 +92,15 @@ def watch(
     return watching
 
 
-def _new_name() -> Path:
-    number = 1
-    while (Path("runs") / f"watch-{number}").exists():
-        number += 1
-    return Path("runs") / f"watch-{number}"
+def _new_folder() -> Path:
+    """A folder for this process; several of one training agree on a name, each by the runs that it has begun."""
+    _, several = place()
+    for number in itertools.count(1):
+        name = f"watch-of-{os.getppid()}-{number}" if several > 1 else f"watch-{number}"
+        folder = own_folder(Path("runs") / name)
+        if not (folder / METRICS).exists() and (several > 1 or not folder.exists()):
+            return folder
+    raise AssertionError  # there is always one number more
 
 
 class Watch:
@@ -126,6 +135,7 @@ class Watch:
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         self.run = Run(folder, manager, device=device)
+        self._place = place()
         self._called_as = model
         compiled = compiled_parts(model)
         self._compiled = bool(compiled)
@@ -134,7 +144,7 @@ class Watch:
         self._modules = ModuleSites(model, compiled)
         self.run.attach(model, optimizer, self._modules.sites)
         self.run.scheduler = scheduler
-        self._session = Session(self.run, catalogue, examine_every=examine_every)
+        self._session = Session(self.run, catalogue, examine_every=examine_every, others=self._others)
         for plugin in plugins:
             manager.add(plugin)
         for probe in chosen:
@@ -183,6 +193,13 @@ class Watch:
             self._session.close()
         if self.findings is not None:
             self.findings.tell(over=True)
+
+    def _others(self, ended: bool) -> dict[str, History]:
+        """Of several processes the first reads what the others have seen, when they have ended as well."""
+        rank, several = self._place
+        if rank or several == 1:
+            return {}
+        return read_others(self.run.folder, patience=PATIENCE if ended else 0.0)
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:

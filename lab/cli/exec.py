@@ -50,10 +50,12 @@ def exec_(
     Exit status: that of the script. With --strict, 1 when the script ends well and its training is faulty.
     """  # noqa: D301 - to click, the character \b keeps the lines below it apart
     catalogue = load_catalogue(plugins)
-    from lab.attach.script import Finder, check_script, ended_well, rank, run_script, show_error, status_of
+    from lab.attach.script import Finder, check_script, ended_well, run_script, show_error, status_of
+    from lab.processes import own_folder, place
 
     folder = out or _new_name()
-    here = folder if rank() == 0 else folder / f"rank-{rank()}"
+    rank, _ = place()
+    here = own_folder(folder)
     check_script(script, here, module=module)
     finder = Finder(here, catalogue, every)
     with finder:
@@ -62,7 +64,7 @@ def exec_(
     if error is not None and not isinstance(error, SystemExit):
         show_error(error)
     status = status_of(error)
-    if rank() == 0:
+    if rank == 0:
         _report(diagnosis, finder, script, here, as_json=as_json)
     return 1 if strict and not status and diagnosis is not None and diagnosis.verdict == "faulty" else status
 

@@ -227,6 +227,16 @@ def test_each_process_of_a_launcher_is_watched_and_the_first_reports(tmp_path: P
         assert json.loads((each / "diagnosis.json").read_text())["verdict"] == "healthy"
 
 
+def test_a_mistake_between_processes_is_reported_by_the_first(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(RANKS.replace("model(x)", "model.module(x)"))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
+    done = python(*launch, *EXEC, "--out", "run", "train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    causes = json.loads((tmp_path / "run" / "diagnosis.json").read_text())["causes"]
+    assert [cause["id"] for cause in causes] == ["distributed.no_sync"]
+    assert done.stderr.count("Gradients are not averaged over the processes") == 1
+
+
 def test_a_script_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of(["exec", str(tmp_path / "none.py")]) == 2
     assert "none.py: no such script; -m takes the name of a module" in capsys.readouterr().err
