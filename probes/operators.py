@@ -107,7 +107,7 @@ def _traced(run: Run, batch: Batch) -> Trace:
     try:
         with torch.no_grad():
             trace.run(run.model, values, lambda: run.answer(batch))
-    except LabError:
+    except (LabError, NotChecked):
         raise
     except Exception as error:  # noqa: BLE001 - a compiled model, or one of a fixed length, may raise anything
         raise NotChecked(f"the model cannot be called and followed on {ROWS} rows ({type(error).__name__})") from None

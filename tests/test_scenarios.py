@@ -44,6 +44,8 @@ NOT_THERE = (
     "no end of a text is known",
     "no training whose evaluation is known",
     "no layer's weights have moved far enough to tell",
+    "the lab's own training",
+    "no weights that were taken of the model",
 )
 # `lab matrix` varies more, and `lab prove` compares with the twin: here a fault is run once, and alone.
 RUNS = [(name, seed) for name in NAMES for seed in range(2 if name.startswith("healthy") else 1)]

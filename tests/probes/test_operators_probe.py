@@ -206,7 +206,7 @@ def test_a_model_that_raises_on_fewer_rows_is_not_judged(tmp_path: Path) -> None
         return linear(x)  # type: ignore[no-any-return]
 
     diagnosis = watched(Model(Middle(whole)), tmp_path / "run")
-    assert "cannot be called and followed on 2 rows (ValueError)" in diagnosis.not_checked["operators.again"]
+    assert "cannot be called as in this experiment (ValueError" in diagnosis.not_checked["operators.again"]
 
 
 def test_following_a_pass_changes_no_number() -> None:
