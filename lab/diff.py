@@ -66,7 +66,7 @@ class Difference:
         only: Places that one of them has, and the other has not, in the order of the forward pass.
         steps: How many steps each recorded.
         compared: The steps in which values inside were compared.
-        lost: The first step from which on rounding alone may have moved most numbers by a tenth; None if there is none.
+        lost: The first step from which on rounding alone may have moved most numbers by half; None if there is none.
         coarser: The first site at which rounding moves the value much further in one run than in the other, and how
             far in each: one of them computes in another format. None if there is none.
         tolerance: What was to count as equal; None for what rounding was measured to do.

@@ -129,8 +129,8 @@ def _limits(found: Difference) -> list[str]:
         )
     if found.lost is not None:
         said.append(
-            f"From step {found.lost} on, rounding alone may have moved most numbers by a tenth: what differs from "
-            f"there on cannot be told from it."
+            f"From step {found.lost} on, rounding alone may have moved most numbers by half of themselves: what "
+            f"differs from there on cannot be told from it."
         )
     if not found.measured and found.tolerance is None:
         said.append("How far rounding moves them was measured in neither run: 1e-05 counts as equal.")

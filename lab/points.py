@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lab.store import History
 
 INSIDE: tuple[Part, ...] = ("weight", "value", "gradient")  # what a model is made of
+BESIDE = {"parts", "rounding", "drift"}  # kinds of metrics that are not compared themselves
 ALWAYS: tuple[Part, ...] = ("value", "gradient")  # in which what one run has and the other lacks is a difference
 PLACES: tuple[Part, ...] = (*INSIDE, "update", "evaluation", "experiment")  # of which a number may have a place in it
 
@@ -62,7 +63,10 @@ def points(a: History, b: History, order: dict[str, int]) -> Iterator[Point]:
     found: list[tuple[tuple[Any, ...], Point]] = []
     ranks = {part: rank for rank, part in enumerate(PARTS)}
     weights = weights_of(a) & weights_of(b)
+    split = _parts(a) != _parts(b)
     for number, (metric, stage) in enumerate(compared(a, b).items()):
+        if stage.kind == "newest" and split:
+            continue
         for site in dict.fromkeys([*a.sites(metric), *b.sites(metric)]):
             exact = stage.kind == "exact"
             place = -1.0 if exact else way(site, order) * (-1.0 if stage.part == "gradient" else 1.0)
@@ -77,7 +81,13 @@ def points(a: History, b: History, order: dict[str, int]) -> Iterator[Point]:
 def compared(a: History, b: History) -> dict[str, Stage]:
     """The metrics that two runs are compared by, and where each belongs."""
     known = {**b.stages, **a.stages}
-    return {m: s for m, s in known.items() if s.kind not in ("rounding", "drift") and s.part != "setting"}
+    return {m: s for m, s in known.items() if s.kind not in BESIDE and s.part != "setting"}
+
+
+def _parts(history: History) -> list[float]:
+    """In how many parts a batch passes the model, as far as it is known."""
+    metrics = [metric for metric, stage in history.stages.items() if stage.kind == "parts"]
+    return sorted({float(value) for metric in metrics for value in history.series(metric).values})
 
 
 def weights_of(history: History) -> set[str]:

@@ -42,7 +42,7 @@ PARTS: dict[Part, str] = {
     "evaluation": "evaluation",
     "experiment": "experiments",
 }
-Kind = Literal["number", "signed", "share", "exact", "rounding", "drift"]
+Kind = Literal["number", "signed", "share", "exact", "newest", "parts", "rounding", "drift"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ class Stage:
         part: The part of a step that makes it.
         kind: ``number``: two are as far apart as their difference over the larger one. ``signed``: over `size`, for
             what may be near 0. ``share``: as they are, for what is relative already. ``exact``: they are equal or not,
-            as counts and hashes are; nothing rounds them. ``rounding``: is not compared, but says how far, relatively,
-            rounding alone moves what this part records at that site; ``drift``: how far it does so after an update.
+            as counts and hashes are; nothing rounds them. ``newest``: a number of the newest of the parts in which a
+            batch passes the model; two are compared where it passes in as many, which ``parts`` counts. ``rounding``:
+            is not compared, but says how far, relatively, rounding alone moves what this part records at that site;
+            ``drift``: how far it does so after an update.
         size: Of a ``signed`` metric, the metric that gives its size at the same site and step.
     """
 

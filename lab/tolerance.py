@@ -14,7 +14,7 @@ that which is upstream of it. FACTOR allows for two things. A number recorded of
 drawn from a normal distribution: 1 in 16,000 is beyond four standard deviations. And a sum of n terms in another order
 may differ by 0.3 sqrt(n) times what a change of each term by a unit in its last place does (n partial sums, each of
 which grows like a root and is rounded, in both runs). That is 4 for 190 terms in a row: what a kernel with 32 partial
-sums makes of 6000.
+sums makes of 6000. Half-precision formats are summed in float32, and need the first allowance alone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from lab.stages import Kind, Part
     from lab.store import History, Series
 
-FACTOR = 16.0
+FACTOR, NORMAL = 16.0, 4.0
+HALF = 2.0**-12  # rounding by more than that is that of a format of 16 bits, of which kernels sum in float32
 UNIT = 2.0**-23  # of float32: what is known of a number for which nothing was measured
 ASSUMED = 1e-5  # of runs that measured nothing: float32 rounds to 6e-8, and sums of many lose two digits
-LOST = 0.1  # where rounding may have moved a number by a tenth, it tells nothing
+LOST = 0.5  # where rounding may have moved a number by half of itself, it tells nothing
+ALONE = "alone"  # the site at which a run says how far its loss is rounded, where what it is given is not
+BACKWARD: tuple[Part, ...] = ("gradient", "norm", "clip")
 # What is made of what: where a part has no measurement of its own, it is that of another.
 SAME: dict[Part, Part] = {"update": "weight", "evaluation": "value", "experiment": "value", "clip": "norm"}
 
@@ -73,8 +76,17 @@ class Noise:
         return self._of("rounding", part, site) or UNIT
 
     def drift(self, part: Part, site: str) -> float:
-        """How far it is moved by what rounding does one step before; at least as far as by its own."""
-        return max(self._of("drift", part, site), self.rounding(part, site))
+        """How far it is moved by what rounding does one step before; at least as far as by its own, in float32."""
+        return max(self._of("drift", part, site), min(self.rounding(part, site), HALF))
+
+    @property
+    def alone(self) -> float:
+        """How far it moves the loss of outputs that are equal to the last bit."""
+        return self._newest(self._series.get(("rounding", "loss"), {}).get(ALONE, [])) or UNIT
+
+    def sent(self, kind: Kind) -> float:
+        """How far it moves what the loss sends back, by what it does to the output."""
+        return self._newest(self._series.get((kind, "gradient"), {}).get("", []))
 
     def coarser(self, sites: Iterable[str]) -> tuple[str, float, float] | None:
         """The first of these sites whose value rounding moves FACTOR times as far in one run, and how far in each."""
@@ -130,6 +142,9 @@ class Tolerance:
     _before: dict[str, float] = field(default_factory=dict)  # the same when this step began
     _after: dict[str, float] = field(default_factory=dict)
     _seen: dict[tuple[Part, str], float] = field(default_factory=dict)
+    _ever: bool = False  # whether anything at all was ever not equal to the last bit
+    _values: bool = False  # whether any value of this step is not, or may not be where none was recorded
+    _looked: bool = False
     _newest: str = ""  # the part of this step that the level is of
 
     def begin(self, step: int) -> None:
@@ -141,6 +156,7 @@ class Tolerance:
         if self._moved:
             self.level += step - self._at  # each update adds its own
         self._step, self._at, self._newest = step, step, ""
+        self._values, self._looked = self._ever, False
         self.noise.at(step)
 
     def of(self, part: Part, site: str, *, exact: bool = False) -> float:
@@ -155,24 +171,37 @@ class Tolerance:
         return math.inf if allowed > LOST else allowed
 
     def _measured(self, part: Part, site: str) -> float:
-        rounding = FACTOR * self.noise.rounding(part, site)
+        rounding = self.noise.rounding(part, site)
+        if part == "loss" and not self._values:
+            rounding = self.noise.alone
+        if part in BACKWARD and self._values:
+            rounding = max(rounding, self.noise.sent("rounding"))
+        rounding = max(FACTOR * min(rounding, HALF), NORMAL * rounding)
         if part == "weight":
             if self._follows:
                 return self._expected.get(site, 0.0) + rounding
             # If they were moved apart where nobody looked, they only tell how far.
             return math.inf if self._moved else rounding
         drift = FACTOR * self.noise.drift(part, site)
+        if part in BACKWARD:
+            drift = max(drift, FACTOR * self.noise.sent("drift"))
         if part == "update":
             moved = self._gradients > 0
-            return self._before.get(site, 0.0) + (drift * max(1.0, self._gradients) if moved else rounding)
+            return self._before.get(site, 0.0) + max(rounding, drift * max(1.0, self._gradients) if moved else 0.0)
         if not self._moved:
             return rounding
         seen = self._seen.get((part, site), 0.0) if part in ("loss", "norm") else 0.0
-        return max(drift * max(1.0, self.level), FACTOR * seen)
+        return max(rounding, drift * max(1.0, self.level), FACTOR * seen)
 
     def saw(self, part: Part, site: str, distance: float) -> None:
         """Take note of how far two numbers are apart that count as equal, or of which nothing can be said."""
-        if part not in ("weight", "loss", "gradient", "norm", "update") or not math.isfinite(distance):
+        if not math.isfinite(distance):
+            return
+        if part == "value":
+            self._values = distance > 0 or (self._values and self._looked)
+            self._looked = True
+        self._ever = self._ever or distance > 0
+        if part not in ("weight", "loss", "gradient", "norm", "update"):
             return
         self._moved = self._moved or distance > 0
         unit = self.noise.rounding(part, site)

@@ -39,6 +39,8 @@ KEPT = 2**52  # what float64 holds of a whole number
         "fingerprint.batch": Stage("batch", "exact"),
         "fingerprint.value": Stage("value"),
         "fingerprint.value_signed": Stage("value", "signed", "fingerprint.value"),
+        "fingerprint.loss": Stage("loss"),
+        "fingerprint.parts": Stage("batch", "parts"),
         "fingerprint.gradient": Stage("gradient"),
         "fingerprint.gradient_signed": Stage("gradient", "signed", "fingerprint.gradient"),
         "fingerprint.clip": Stage("clip"),
@@ -63,8 +65,9 @@ class Fingerprint(Probe):
     Hashes, which are equal only for what is equal to the last bit: ``fingerprint.batch``, of what the model is called
     with and of the targets; ``fingerprint.random``, of the state of each generator of random numbers when the model is
     called, which is read and not drawn from (0 for Python's and numpy's own, until somebody draws from them). And as
-    they are: ``fingerprint.clip``, by how much each clipping scaled the gradients, ``fingerprint.rate``, of each group
-    of the optimiser, and at step 0 ``fingerprint.setting``, the numbers that modules and groups were made with.
+    they are: ``fingerprint.loss``, the sum over the parts, and ``fingerprint.parts``, how many there are;
+    ``fingerprint.clip``, by how much each clipping scaled the gradients; ``fingerprint.rate``, of each group of the
+    optimiser; and at step 0 ``fingerprint.setting``, the numbers that modules and groups were made with.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -72,6 +75,7 @@ class Fingerprint(Probe):
         self._signs = Signs()
         self._sums: dict[tuple[str, str], Sum] = {}
         self._batches: list[Batch] = []
+        self._losses: list[Tensor] = []
         self._random = _random_states()
         self._over = False
         self._looks = 0  # calls since an evaluation began: the first is read
@@ -96,6 +100,8 @@ class Fingerprint(Probe):
         if step.batch is not None and (not self._batches or step.batch is not self._batches[-1]):
             if not self._batches:
                 self._record_random(step)
+            elif step.loss is not None:
+                self._losses.append(step.loss.detach())  # of the part before
             self._batches.append(step.batch)
             self._over = False
         # What is called again for the same batch is a forward pass done anew for the backward pass.
@@ -152,8 +158,14 @@ class Fingerprint(Probe):
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         batches, self._batches = self._batches, []
+        losses, self._losses = self._losses, []
         if not self.due(step):
             return
+        step.record("fingerprint.parts", float(len(batches)))
+        if step.loss is not None:
+            # The lab's own training has joined them already.
+            parts = losses if run.config is None else []
+            step.record("fingerprint.loss", torch.stack([loss.mean() for loss in (*parts, step.loss.detach())]).sum())
         if step.index == 0:
             for name, number in {**_module_settings(run.model), **_group_settings(run)}.items():
                 step.record("fingerprint.setting", number, name)
@@ -162,65 +174,55 @@ class Fingerprint(Probe):
                 step.record("fingerprint.rate", _number(group["lr"]), f"group.{i}")
         for name, hashed in _hashed(batches or ([step.batch] if step.batch is not None else [])).items():
             step.record("fingerprint.batch", hashed, name)
-        self._whole(step, "weight", dict(held(run)))
-        self._gradients(run, step)
+        _record(step, "weight", self._sums_of(dict(held(run))))
+        _record(step, "gradient", self._gradients(run, step))
 
     def lab_step_end(self, run: Run, step: Step) -> None:
         if self.due(step):
-            self._whole(step, "update", dict(held(run)))
+            _record(step, "update", self._sums_of(dict(held(run))))
         self._flush(step)
 
-    def _whole(
-        self, step: Step, part: str, tensors: dict[str, Tensor], scales: dict[str, Tensor] | None = None
-    ) -> None:
-        """Record the fingerprints of tensors that are there as a whole; of those that were scaled, of before."""
-        known = {name: x.detach() for name, x in tensors.items() if plain(x)}
-        for device in dict.fromkeys(x.device for x in known.values()):
-            here = {name: x for name, x in known.items() if x.device == device}
-            squares, signed = map(torch.stack, zip(*[self._signs.sums(x) for x in here.values()], strict=True))
-            if scales:
-                one = squares.new_ones(())
-                scale = torch.stack([_on(scales.get(name, one), device) for name in here])
-                squares, signed = squares / scale.square(), signed / scale
-            self._record(step, part, tuple(here), squares, signed, [x.numel() for x in here.values()])
+    def _sums_of(self, tensors: dict[str, Tensor]) -> dict[str, Sum]:
+        """The fingerprints of tensors that are there as a whole."""
+        found = {name: Sum() for name, x in tensors.items() if plain(x)}
+        for name, mine in found.items():
+            mine.add(tensors[name], self._signs)
+        return found
 
-    def _gradients(self, run: Run, step: Step) -> None:
-        """Record gradients as they were before they were clipped, and by how much each clipping scaled them.
+    def _gradients(self, run: Run, step: Step) -> dict[str, Sum]:
+        """The fingerprints of gradients as they were before they were clipped; record by how much that scaled them.
 
         By how much is what their joint norm is now, over what it was before: whatever the clipping should have done.
         """
-        grads = {name: p.grad for name, p in run.parameters.items() if p.grad is not None}
+        found = self._sums_of({name: p.grad for name, p in run.parameters.items() if p.grad is not None})
         names = {id(p): name for name, p in run.parameters.items()}
-        scales: dict[str, Tensor] = {}
         for i, clip in enumerate(step.clips):
-            mine = {
-                name: grads[name] for p in clip.params if (name := names.get(id(p))) in grads and plain(grads[name])
-            }
-            if not mine or not torch.is_tensor(clip.norm):
-                continue
-            now = torch.stack([_on(self._signs.sums(grad)[0], clip.norm.device) for grad in mine.values()]).sum().sqrt()
-            scale = now / clip.norm.detach().double()
-            scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-            step.record("fingerprint.clip", scale, f"clip.{i}")
-            scales |= dict.fromkeys(mine, scale)
-        self._whole(step, "gradient", grads, scales)
+            mine = [found[name] for p in clip.params if (name := names.get(id(p), "")) in found]
+            if mine and torch.is_tensor(clip.norm):
+                now = torch.stack([_on(each.square, clip.norm.device) for each in mine]).sum().sqrt()
+                scale = now / clip.norm.detach().double()
+                scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+                step.record("fingerprint.clip", scale, f"clip.{i}")
+                for each in mine:
+                    each.scale(_on(scale, each.square.device))
+        return found
 
     def _flush(self, step: Step) -> None:
         """Record what was added up."""
-        sums, self._sums = {key: found for key, found in self._sums.items() if not found.partial}, {}
-        for part, device in dict.fromkeys((part, found.square.device) for (part, _), found in sums.items()):
-            mine = {s: found for (p, s), found in sums.items() if p == part and found.square.device == device}
-            squares = torch.stack([found.square for found in mine.values()])
-            signed = torch.stack([found.signed for found in mine.values()])
-            self._record(step, part, tuple(mine), squares, signed, [found.count for found in mine.values()])
+        sums, self._sums = self._sums, {}
+        for part in dict.fromkeys(part for part, _ in sums):
+            _record(step, part, {site: found for (of, site), found in sums.items() if of == part})
 
-    @staticmethod
-    def _record(
-        step: Step, part: str, sites: tuple[str, ...], squares: Tensor, signed: Tensor, counts: list[int]
-    ) -> None:
-        count = torch.tensor(counts, dtype=torch.float64, device=squares.device)
-        step.record_all(f"fingerprint.{part}", sites, (squares / count).sqrt())
-        step.record_all(f"fingerprint.{part}_signed", sites, signed / count.sqrt())
+
+def _record(step: Step, part: str, sums: dict[str, Sum]) -> None:
+    """Record both numbers of what is known as a whole."""
+    whole = {site: found for site, found in sums.items() if not found.partial}
+    for device in dict.fromkeys(found.square.device for found in whole.values()):
+        here = {site: found for site, found in whole.items() if found.square.device == device}
+        counts = torch.tensor([found.count for found in here.values()], dtype=torch.float64, device=device)
+        squares, signed = (torch.stack([getattr(f, of) for f in here.values()]) for of in ("square", "signed"))
+        step.record_all(f"fingerprint.{part}", tuple(here), (squares / counts).sqrt())
+        step.record_all(f"fingerprint.{part}_signed", tuple(here), signed / counts.sqrt())
 
 
 def _on(x: Tensor, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "loss",
     title="The loss, in training and on held-out data",
     cost="none",
-    stages={"loss": Stage("loss"), "loss.held_out": Stage("evaluation")},
+    stages={"loss": Stage("loss", "newest"), "loss.held_out": Stage("evaluation")},
 )
 class Loss(Probe):
     """Records ``loss`` each step, and ``loss.held_out`` (nats a token) when the run evaluates.

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from lab import Batch, Run, Site, Step
 
 ROWS = 2
-SEED = 20_260_101  # of a generator of its own: which signs are drawn means nothing
+KINKED = ("threshold", "leaky_relu", "hardtanh", "_prelu", "max_pool")  # functions whose derivative jumps
+LATER = 10  # times as far into the run as before, it is measured again
+MIXER = 0x9E37  # times the bits of a number, as Fibonacci hashing has it: 2^16 over the golden ratio, odd
 FLIPPED = 2.0  # of an update's element, the most that rounding can change: its sign
 
 
@@ -45,32 +47,38 @@ class Rounding(Probe):
 
     Once more, forward alone, to see that the same call gives the same answer; else all that is recorded is NaN.
 
-    The second time, what each operator computes is changed by one unit of its format in the last place, up or down,
-    drawn by a generator of its own: as if every operator rounded otherwise (Parker's Monte Carlo arithmetic). Records,
-    relative to the first: ``rounding.value`` by site, ``rounding.gradient`` by site and parameter, ``rounding.norm`` of
-    all gradients together, ``rounding.loss``, and of each weight ``rounding.weight``, that unit.
+    The second time, what each operator computes is changed by one unit of its format in the last place, up or down
+    without a pattern: as if every operator rounded otherwise (Parker's Monte Carlo arithmetic). Records, relative to
+    the first: ``rounding.value`` by site; ``rounding.gradient`` by site and parameter, and without a site that of what
+    the loss sends back; ``rounding.norm`` of all gradients together; ``rounding.loss``, and with the site ``alone``
+    that of equal outputs; and of each weight ``rounding.weight``, that unit.
 
     The third time, the weights are those that the newest update would have given with the gradients of the second: an
     element of an update changes by as much, relatively, as that of the gradient did, and at most to the opposite. That
     is what an optimiser that divides each element by its size makes of a gradient that is nothing but rounding. Records
-    the same with ``_drift`` behind the name: how far rounding in one step moves the next.
+    the same with ``_drift`` behind the name: how far rounding in one step moves the next. Where a function has a kink,
+    as a ReLU has, gradients are said to move by 1/sqrt(N) at least, as if one of the N elements passed it.
     """
 
     def lab_start(self, run: Run) -> None:
         self._run = run
         self._sent: Tensor | None = None
         self._before: dict[str, Tensor] = {}
+        self._next = 0
         self._inner = {name for name, m in run.model.named_modules() if next(m.children(), None) is not None}
         if run.sites.output:
             self.read(run, run.sites.output, self._see, grad=True)
 
     def _see(self, _site: Site, gradient: Tensor) -> None:
         step = self._run.step
-        if step.thorough and step.part == step.parts - 1 and gradient.dim():
+        if self._wanted(step) and step.part == step.parts - 1 and gradient.dim():
             self._sent = gradient.detach()  # until the examination, a moment later
 
+    def _wanted(self, step: Step) -> bool:
+        return step.thorough and step.index >= self._next
+
     def lab_before_update(self, run: Run, step: Step) -> None:
-        if step.thorough:
+        if self._wanted(step):
             self._before = {name: p.detach().clone() for name, p in run.parameters.items() if plain(p)}
 
     def lab_examine(self, run: Run, step: Step) -> None:
@@ -78,13 +86,14 @@ class Rounding(Probe):
         before, self._before = self._before, {}
         if step.batch is None or sent is None or not before:
             return
+        self._next = LATER * step.index + 1
         rows = step.batch.rows(ROWS)
         first = self._pass(run, rows, sent)
         if first is None:
             return
         again = self._pass(run, rows, None)
-        signs = torch.Generator(device=first.out.device).manual_seed(SEED)
-        with other_rounding(signs):
+        kinks: list[int] = []
+        with other_rounding(kinks):
             second = self._pass(run, rows, sent)
         if again is None or second is None:
             return
@@ -98,7 +107,9 @@ class Rounding(Probe):
             step.record_all("rounding.weight_drift", tuple(moved), torch.stack(list(moved.values())) * steady)
             third = self._pass(run, rows, sent)
             assert third is not None
-            _record(step, "_drift", first, third, sent, steady)
+            # Weights that moved a little let here and there an element pass a kink, perhaps on rows not seen here.
+            whole = min(kinks) * len(sent) / len(first.out) if kinks else 0
+            _record(step, "_drift", first, third, sent, steady, least=whole**-0.5 if whole else 0.0)
 
     def _pass(self, run: Run, rows: Batch, sent: Tensor | None) -> Pass | None:
         """Go forward, and backward from what was sent to the output, once; forward alone if nothing is sent."""
@@ -120,8 +131,10 @@ class Rounding(Probe):
             asked = {**inner, **{name: p for name, p in run.parameters.items() if p.requires_grad}}
             found = torch.autograd.grad(out, list(asked.values()), sent, allow_unused=True)
         gradients = {name: g for name, g in zip(asked, found, strict=True) if g is not None and plain(g)}
+        kept = {n: v.detach() for n, v in values.items() if n.rpartition(".")[2] not in HIDDEN and plain(v)}
         # A table that is looked up as a whole gives out its very weights, and these are changed for the third pass.
-        kept = {n: v.detach().clone() for n, v in values.items() if n.rpartition(".")[2] not in HIDDEN and plain(v)}
+        weights = {p.untyped_storage().data_ptr() for p in run.parameters.values()}
+        kept = {n: v.clone() if v.untyped_storage().data_ptr() in weights else v for n, v in kept.items()}
         return Pass(out.detach(), kept, gradients, set(inner))
 
     @staticmethod
@@ -147,27 +160,44 @@ class Pass:
         self.out, self.values, self.gradients, self.inner = out, values, gradients, inner
 
 
-def _record(step: Step, kind: str, first: Pass, second: Pass, sent: Tensor, steady: Tensor) -> None:
-    """Record how far two passes are apart; `steady` is 1, or NaN where that means nothing."""
+def _record(step: Step, kind: str, first: Pass, second: Pass, sent: Tensor, steady: Tensor, least: float = 0.0) -> None:
+    """Record how far two passes are apart, gradients `least` at least; `steady` is 1, or NaN: it means nothing then."""
     for part in ("values", "gradients"):
         mine, others = getattr(first, part), getattr(second, part)
         names = tuple(n for n in mine if n in others and mine[n].shape == others[n].shape)
         if names:
             apart = torch.stack([_apart(mine[name], others[name]) for name in names])
+            apart = apart.clamp_min(least) if part == "gradients" else apart
             step.record_all(f"rounding.{part[:-1]}{kind}", names, apart * steady)
     weights = [name for name in first.gradients if name not in first.inner]
     if weights:
         differences = [_size(second.gradients[name] - first.gradients[name]) for name in weights]
         sizes = [_size(first.gradients[name]) for name in weights]
         norms = [torch.linalg.vector_norm(torch.stack(found)) for found in (differences, sizes)]
-        step.record(f"rounding.norm{kind}", norms[0] / norms[1].clamp_min(1e-30) * steady)
+        step.record(f"rounding.norm{kind}", (norms[0] / norms[1].clamp_min(1e-30)).clamp_min(least) * steady)
     if step.loss is not None and step.loss.numel() == 1:
         # To first order a loss changes by its gradient times the change of the output; the rows stand for all of them.
         share = len(sent) / len(first.out)
         change = share * _size(sent[: len(first.out)]) * _size(second.out - first.out)
-        unit = torch.finfo(first.out.dtype).eps
+        unit = torch.finfo(step.loss.dtype).eps
+        step.record("rounding.loss", unit, "alone")
+        step.record(f"rounding.gradient{kind}", _sent_apart(second.out - first.out, sent) * steady)
         relative = change / step.loss.detach().abs().double().clamp_min(1e-30)
         step.record(f"rounding.loss{kind}", (relative + unit) * steady)
+
+
+def _sent_apart(change: Tensor, sent: Tensor) -> Tensor:
+    """How far, relatively, a loss would have sent another gradient to an output that is another by `change`.
+
+    The second derivative of a mean over N rows is at most 1/2N for a cross-entropy, and 2/NV for the squares of V
+    numbers each. Where a loss is scaled, it grows with the gradient: 1/N is then no less than the gradient of a row.
+    """
+    classes = sent.shape[-1]  # V
+    rows = sent[: len(change)]
+    size = _size(rows) / (rows.numel() / classes) ** 0.5  # of the gradient of a row
+    bend = max(0.5, 2 / classes) * size.clamp_min(classes / sent.numel())
+    apart: Tensor = bend * _size(change) / _size(rows).clamp_min(1e-30)
+    return apart
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:
@@ -175,28 +205,31 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _size(x: Tensor) -> Tensor:
-    size: Tensor = torch.linalg.vector_norm(x.detach().double())
-    return size
+    size: Tensor = torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
+    return size.double()
 
 
 def _units(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     return torch.tensor([torch.finfo(x.dtype).eps for x in tensors], dtype=torch.float64, device=device)
 
 
-def other_rounding(generator: torch.Generator) -> Any:
+def other_rounding(kinks: list[int]) -> Any:
     """Return a block in which each operator's floating-point result is changed by a unit in its last place.
 
+    To `kinks` the number of elements is added of each gradient that passed a function that has a kink.
+
     Left as they are: what is made of no such number, as constants and counts; views and what is written in place, which
-    compute nothing new or are read elsewhere; and what would become infinite.
+    compute nothing new or are read elsewhere; and what is 0, or would become infinite.
     """
 
     class OtherRounding(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: SLF001
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            if name.endswith("_backward") and name.startswith(KINKED) and torch.is_tensor(out):
+                kinks.append(out.numel())
             shares_memory = any(r.alias_info is not None for r in func._schema.returns)  # noqa: SLF001
-            if shares_memory or not _any_float((args, kwargs)):
-                return out
-            return _changed(out, generator)
+            return out if shares_memory or not _any_float((args, kwargs)) else _changed(out)
 
     return OtherRounding()  # type: ignore[no-untyped-call]
 
@@ -209,11 +242,18 @@ def _any_float(value: Any) -> bool:
     return any(map(_any_float, value)) if not isinstance(value, (str, bytes)) and hasattr(value, "__iter__") else False
 
 
-def _changed(out: Any, generator: torch.Generator) -> Any:
+def _whole(x: Tensor) -> torch.dtype:
+    """The whole numbers of as many bits."""
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+
+
+def _changed(out: Any) -> Any:
     if isinstance(out, (tuple, list)):
-        return type(out)(_changed(part, generator) for part in out)
-    if not torch.is_tensor(out) or not plain(out) or out.device != generator.device:
+        return type(out)(map(_changed, out))
+    if not torch.is_tensor(out) or not plain(out):
         return out
-    signs = torch.empty_like(out).bernoulli_(0.5, generator=generator)
-    other = out * (1 + torch.finfo(out.dtype).eps * (2 * signs - 1))
-    return torch.where(other.isfinite(), other, out)
+    # Read as a whole number, the next number of the format is one more. Up or down is the first bit of a product that
+    # depends on all bits: without a pattern, and the same for what is the same, as rounding is.
+    bits = out.contiguous().view(_whole(out))
+    other = (bits + (bits * MIXER >> (8 * out.element_size() - 1) | 1)).view(out.dtype)
+    return torch.where((out != 0) & other.isfinite(), other, out)

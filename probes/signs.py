@@ -21,13 +21,13 @@ class Signs:
     def __init__(self) -> None:
         self._known: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
-    def get(self, which: int, begin: int, count: int, like: Tensor) -> Tensor:  # -> [count]
+    def get(self, which: int, begin: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # -> [count]
         """Signs of the sequence `which`, from the place `begin` on."""
-        key = which, like.device, like.dtype
+        key = which, device, dtype
         known = self._known.get(key)
-        if known is None or len(known) < begin + count:
+        if known is None or known.shape[0] < begin + count:
             length = max(1024, 2 * (begin + count))
-            known = self._known[key] = (1 - 2 * (mixed(length, which, like.device) >> 63 & 1)).to(like.dtype)
+            known = self._known[key] = (1 - 2 * (mixed(length, which, device) >> 63 & 1)).to(dtype)
         return known[begin : begin + count]
 
     def sums(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:  # [... C] -> [], []
@@ -38,15 +38,16 @@ class Signs:
         """
         x = x.detach()
         rows = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(-1, 1)  # [N C]
-        across, along = self.get(0, 0, rows.shape[1], rows), self.get(1, offset, len(rows), rows).double()
+        across = self.get(0, 0, rows.shape[1], rows.dtype, x.device)
+        along = self.get(1, offset, rows.shape[0], torch.float64, x.device)
         squares, signed = [], []
         step = max(1, LARGE // rows.shape[1])
-        for begin in range(0, len(rows), step):
-            part = rows[begin : begin + step]
-            squares.append((part if part.element_size() > 2 else part.float()).square().sum(dtype=torch.float64))
-            sums = (part * across).sum(-1, dtype=torch.float64)
-            signed.append((sums * along[begin : begin + step]).sum())
-        return torch.stack(squares).sum(), torch.stack(signed).sum()
+        for begin in range(0, rows.shape[0], step):
+            part = rows if rows.numel() <= LARGE else rows[begin : begin + step]
+            part = part if part.element_size() > 2 else part.float()
+            squares.append((part * part).sum(-1).double().sum())
+            signed.append(((part * across).sum(-1) * along[begin : begin + step]).sum())
+        return (squares[0], signed[0]) if len(squares) == 1 else (torch.stack(squares).sum(), torch.stack(signed).sum())
 
 
 class Sum:
@@ -65,6 +66,10 @@ class Sum:
         self.square, self.signed = self.square + square, self.signed + signed
         self.rows += x.numel() // x.shape[-1] if x.dim() > 1 else x.numel()
         self.count += x.numel()
+
+    def scale(self, by: Tensor) -> None:
+        """Undo a scale."""
+        self.square, self.signed = self.square / by.square(), self.signed / by
 
 
 def mixed(count: int, which: int, device: torch.device) -> Tensor:  # -> [count]
