@@ -40,9 +40,9 @@ NO_SCALE = Cause(
 WRONG_AXIS = Cause(
     id="attention.wrong_axis",
     title="The softmax is taken over the queries",
-    must=("attention.columns",),
+    must=("attention.columns*",),
     may=LEAKS,
-    locate=("attention.columns", *DEPENDS),  # what it divides by depends on later queries
+    locate=("attention.columns", "attention.columns_product", *DEPENDS),  # what it divides by depends on later queries
     module=True,
     repair="Take the softmax over the keys: softmax(scores, dim=-1) for scores [B H T S].",
     refute="Every row of the pattern sums to 1.",
@@ -67,10 +67,10 @@ MASK_AFTER = Cause(
 WRONG_MERGE = Cause(
     id="attention.wrong_merge",
     title="Heads are put together along the wrong axis",
-    must=("attention.beside",),
+    must=("attention.beside*",),
     may=("causality.leak", "causality.blind"),
     cannot=("attention.rows", "attention.future", "mixing.rows"),  # heads and positions change places, rows do not
-    locate=("attention.beside", "causality.future"),
+    locate=("attention.beside", "attention.beside_joined", "causality.future"),
     repair="Exchange heads and positions before joining: x.transpose(1, 2).reshape(B, T, H * D) for x [B H T D]. A "
     "reshape alone has the right shape and mixes positions.",
     refute="The layer's output depends on no position that its pattern leaves out.",

@@ -65,6 +65,18 @@ CLAMPED = Cause(
     source="PyTorch documentation: log_softmax; torch.clamp, whose derivative is 0 outside",
 )
 
+BROADCAST = Cause(
+    id="loss.broadcast",
+    title="Each prediction is compared with the targets of all",
+    must=("comparison.broadcast",),
+    place="loss",
+    repair="Give predictions and targets the same shape: loss_fn(prediction.squeeze(-1), target), or "
+    "target.view_as(prediction). Shapes [N 1] and [N] are broadcast to [N N].",
+    refute="prediction.shape == target.shape where the loss is computed.",
+    look="PyTorch's warning: using a target size that is different to the input size.",
+    source="pytorch/pytorch issue 16045",
+)
+
 
 def cross_entropy_of(run: Run, fault: Fault) -> None:
     """Refuse training whose loss is no cross-entropy, or that the lab did not write.

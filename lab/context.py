@@ -109,6 +109,8 @@ class Step:
             the lab did not write.
         loaders: How often a loader of several batches began anew, in a loop that the lab did not write.
         graphs: How many answers of an evaluation just before carry a graph that nobody used, in such a loop.
+        compared: The shapes of what each loss of distances was given, in a loop that the lab did not write, where the
+            step is examined.
         grad_norm: The norm of all gradients before clipping.
         clips: Each clipping of gradients between the backward pass and the update, as far as it was seen.
         lr: The learning rate.
@@ -127,6 +129,7 @@ class Step:
     cleared: int = 0
     loaders: int = 0
     graphs: int = 0
+    compared: list[tuple[torch.Size, torch.Size]] = field(default_factory=list)
     grad_norm: Tensor | None = None
     clips: list[Clip] = field(default_factory=list)
     lr: float | None = None

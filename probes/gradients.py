@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lab import History, Run, Site, Step
+
+
+class Carried(NamedTuple):
+    """What gradients held when a backward pass began: these parameters none, those gradients of these norms."""
+
+    empty: list[nn.Parameter]
+    full: list[nn.Parameter]
+    norms: Sequence[Tensor]
+
+    def norm(self) -> Tensor | None:
+        """Their joint norm; None, or 0, if some held nothing and hold something now, as after a clearing.
+
+        The others' are then of the same pass: a head that the loop calls by itself, behind the model's output, gets its
+        gradient before the rest.
+        """
+        if not self.full or any(p.grad is not None for p in self.empty):
+            return None
+        before = torch.stack(list(self.norms))
+        now = torch.stack(torch._foreach_norm([p.grad if p.grad is not None else p.new_zeros(()) for p in self.full]))
+        joint: Tensor = torch.linalg.vector_norm(before)
+        return torch.where(((before == 0) & (now > 0)).any(), 0.0, joint)
 
 
 @probe(
@@ -30,13 +51,13 @@ class Gradients(Probe):
 
     Records ``gradient.norm`` by parameter and ``gradient.site`` at the outputs of modules made of others, and in
     each step ``gradient.total`` before clipping, and ``gradient.carried``: the norm of what the gradients already held
-    when a backward pass of the step began, the least of its passes.
+    when a backward pass of the step began, the least of its passes; 0 where some held nothing and got something.
     """
 
     def lab_start(self, run: Run) -> None:
         self._run = run
         self._seen: dict[str, Tensor] = {}
-        self._carried: list[Tensor | None] = []
+        self._carried: list[Carried] = []
         if run.sites.output:
             self.read(run, run.sites.output, self._backward_begins, grad=True, always=True)
         # Those made of other modules: what happens inside a leaf shows in the gradients of its parameters.
@@ -50,13 +71,14 @@ class Gradients(Probe):
         # A parameter that the optimiser does not hold is not cleared by it: another mistake, with a rule of its own.
         # And one of another module, which takes up this one's output, has its gradient already.
         held_ids = self._run.held
-        params = (p for p in self._run.parameters.values() if id(p) in held_ids)
-        held = [p.grad for p in params if p.grad is not None and not p.grad.is_sparse]
-        self._carried.append(_joint_norm(held) if held else None)
+        params = [p for p in self._run.parameters.values() if id(p) in held_ids]
+        held = [(p, p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
+        norms = torch._foreach_norm([grad for _, grad in held]) if held else ()
+        self._carried.append(Carried([p for p in params if p.grad is None], [p for p, _ in held], norms))
 
     def _record_carried(self, step: Step) -> None:
         """Of all backward passes of a step, one has to start from nothing: the first, where gradients accumulate."""
-        norms = [norm for norm in self._carried if norm is not None]
+        norms = [norm for norm in (each.norm() for each in self._carried) if norm is not None]
         if norms and len(norms) == len(self._carried):
             step.record("gradient.carried", torch.stack(norms).amin())
         elif self._carried:
@@ -83,11 +105,6 @@ class Gradients(Probe):
             # A second name of one tensor costs nothing.
             once = {id(value): torch.linalg.vector_norm(value) for value in seen.values()}
             step.record_all("gradient.site", tuple(seen), torch.stack([once[id(value)] for value in seen.values()]))
-
-
-def _joint_norm(tensors: list[Tensor]) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-    return norm
 
 
 @rule(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
+from .response import need_response
+
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
@@ -71,7 +73,7 @@ class Start(Probe):
 
     def lab_start(self, run: Run) -> None:
         self._run = run
-        matrices = {name: p for name, p in run.parameters.items() if p.dim() >= 2}
+        matrices = {name: p for name, p in run.parameters.items() if p.dim() >= 2 and p.numel() > 1}
         self._scales = [(name, p.detach().std() / (2 / fan_in(run.model, name)) ** 0.5) for name, p in matrices.items()]
 
     def lab_before_update(self, run: Run, step: Step) -> None:
@@ -131,13 +133,15 @@ LARGEST_EXCESS = 1.0
 def start_loss_high(history: History) -> Iterator[Symptom]:
     """Before anything is learned, logits of variance ``d s^2`` cost ``ln V + d s^2 / 2`` nats, at most 1 above ln V.
 
-    Three standard errors of the measured mean are allowed for.
+    Three standard errors of the measured mean are allowed for. A higher loss is judged only where the logits become
+    smaller with the weights: between normalised vectors, times a scale, they do not, and that scale is a choice.
     """
     loss, error, classes = (history.last(f"start.{name}") for name in ("loss", "error", "classes"))
     if not math.isfinite(loss):
         raise NotChecked("the loss at step 0 is not finite")
     bound = math.log(classes) + LARGEST_EXCESS
     if loss > bound + 3 * error:
+        need_response(history)
         std, inputs = history.last("start.head_std"), history.last("start.head_inputs")
         said = f"; the head's d s^2/2 is {inputs * std**2 / 2:.3g}" if math.isfinite(std) else ""
         yield Symptom(

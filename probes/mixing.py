@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-4
 ROWS = 3
 NOTHING = -1.0  # without padding there is nothing to compare
+NOT_TOLD = "no attention in this model was told of padding, or the outputs were not finite"
 # What shares tokens out among parts of limited room lets rows depend on each other by design.
 ROUTED = ("router", "expert", "moe")
 
@@ -264,19 +265,47 @@ def mixing_rows(history: History) -> Iterator[Symptom]:
         yield Symptom(at="", since=step, seen=seen, expected="0", text=text)
 
 
+def _reached(history: History) -> dict[str, tuple[int, float]] | None:
+    """The innermost modules whose output at tokens changes with how much padding is behind them, and theirs alone.
+
+    None where it was not asked. What changes after them all, as a mean over all positions does, is no attention.
+    """
+    series = history.series("shorter.change").finite
+    if not (series.values != NOTHING).any() or (history.series("determinism.difference").values > ROUNDING).any():
+        return None
+    if (series.values > ROUNDING).any() and not history.sites("shorter.module"):
+        raise LookAgain("an output changes with the padding behind it; where it comes in shows at the next look")
+    return _changed(history, "shorter.module")
+
+
 @rule(
     "mixing.padding",
     title="No output at a token depends on padding",
-    reads=("mixing.padding",),
+    reads=(),
     basis="experiment",
     phase="forward",
 )
 def mixing_padding(history: History) -> Iterator[Symptom]:
-    """Where the call says which positions are padding, what stands there changes nothing elsewhere."""
+    """Where the call says which positions are padding, what stands there changes nothing elsewhere.
+
+    And where the table of tokens says which token is padding, it changes nothing how much of it stands behind a row.
+    """
+    reached = _reached(history)
+    if reached:
+        step, seen = min(reached.values())
+        text = f"an output at a token changes by {seen:.2g} of the largest with how much padding is behind the row, "
+        yield Symptom(at="", since=step, seen=seen, expected="0", text=f"{text}at step {step}")
+        return
+    if not history.sites("mixing.padding"):
+        if reached is None:
+            raise NotChecked(history.reasons.get("mixing", NOT_TOLD))
+        return
     _ready(history)
     series = history.series("mixing.padding").finite
     if not (series.values != NOTHING).any():
-        raise NotChecked("no attention in this model was told of padding, or the outputs were not finite")
+        if reached is None:
+            raise NotChecked(NOT_TOLD)
+        return
     if found := series.first(series.values > ROUNDING):
         step, seen = found
         text = f"an output at a token changes by {seen:.2g} of the largest with what stands in padding, at step {step}"
@@ -286,15 +315,20 @@ def mixing_padding(history: History) -> Iterator[Symptom]:
 def _innermost(history: History, kind: str) -> Iterator[Symptom]:
     """Name the modules whose output changes while what goes in does not; of nested ones, the innermost."""
     _ready(history)
-    changed = {
-        site: found
-        for site, series in history.each(f"mixing.module_{kind}")
-        if (found := series.first(series.values > ROUNDING))
-    }
+    yield from _named(_changed(history, f"mixing.module_{kind}"))
+
+
+def _changed(history: History, metric: str) -> dict[str, tuple[int, float]]:
+    """The innermost modules that changed, since when, and by how much."""
+    each = ((site, series.finite) for site, series in history.each(metric))
+    changed = {site: found for site, series in each if (found := series.first(series.values > ROUNDING))}
+    return {site: found for site, found in changed.items() if not any(o.startswith(f"{site}.") for o in changed)}
+
+
+def _named(changed: dict[str, tuple[int, float]]) -> Iterator[Symptom]:
     for site, (step, seen) in changed.items():
-        if not any(other.startswith(f"{site}.") for other in changed):
-            text = f"{site} is where it comes in: its output changes by {seen:.2g} of the largest, its input does not"
-            yield Symptom(at=site, since=step, seen=seen, expected="0", text=text)
+        text = f"{site} is where it comes in: its output changes by {seen:.2g} of the largest, its input does not"
+        yield Symptom(at=site, since=step, seen=seen, expected="0", text=text)
 
 
 @rule(
@@ -312,12 +346,18 @@ def mixing_rows_module(history: History) -> Iterator[Symptom]:
 @rule(
     "mixing.padding_module",
     title="No module mixes padding into tokens",
-    reads=("mixing.padding",),
+    reads=(),
     basis="experiment",
     phase="forward",
 )
 def mixing_padding_module(history: History) -> Iterator[Symptom]:
     """Which module, where the model as a whole lets padding reach tokens."""
+    reached = _reached(history)
+    if reached:
+        yield from _named(reached)
+        return
     if not (history.series("mixing.padding").finite.values != NOTHING).any():
-        raise NotChecked("no attention in this model was told of padding, or the outputs were not finite")
+        if reached is None:
+            raise NotChecked(NOT_TOLD)
+        return
     yield from _innermost(history, "padding")

@@ -1,7 +1,7 @@
 """What a training loop does between the modules, read by intercepting the PyTorch functions that it calls.
 
 Those that a loop calls once or twice in a step are intercepted in every step, at the cost of one Python call each;
-`CrossEntropyCalls`, which sees every operator, in examined steps only.
+`LossCalls`, which sees every operator, in examined steps only.
 """
 
 from __future__ import annotations
@@ -176,23 +176,35 @@ def after_closure(args: tuple[Any, ...], kwargs: dict[str, Any], tell: Callable[
     return ((args[0], closed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closed})
 
 
-class CrossEntropyCalls(TorchFunctionMode):
-    """While it is on, calls ``tell(logits, targets)`` for each cross-entropy of classes. It changes no call."""
+DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)  # each entry with the one at the same place
 
-    def __init__(self, tell: Callable[[Tensor, Tensor], None]) -> None:
+
+class LossCalls(TorchFunctionMode):
+    """While it is on, tells of the losses that are computed. It changes no call.
+
+    Args:
+        classes: Told ``(logits, targets)`` of each cross-entropy of classes.
+        distance: Told ``(input, target)`` of each mean or sum of distances.
+    """
+
+    def __init__(self, classes: Callable[[Tensor, Tensor], None], distance: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
-        self.tell = tell
+        self.classes, self.distance = classes, distance
         self.on = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.cross_entropy:
+        if func is F.cross_entropy or func in DISTANCES:
             given = dict(zip(("input", "target"), args, strict=False)) | kwargs
-            logits, targets = given.get("input"), given.get("target")
-            if isinstance(logits, Tensor) and isinstance(targets, Tensor) and targets.dtype == torch.long:
-                self.tell(logits, targets)
+            outputs, targets = given.get("input"), given.get("target")
+            if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+                if func is not F.cross_entropy:
+                    if given.get("reduction", "mean") != "none" and given.get("reduce") is not False:
+                        self.distance(outputs, targets)
+                elif targets.dtype == torch.long:
+                    self.classes(outputs, targets)
         return func(*args, **kwargs)
 
     def turn(self, *, on: bool) -> None:

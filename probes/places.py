@@ -1,0 +1,214 @@
+"""Does it matter where in a batch a row stands?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+from lab import Cause, NotChecked, Probe, Symptom, probe, rule, torch
+
+from .mixing import ROUNDING, ROUTED, _rows_first
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from lab import Batch, History, Run, Step
+
+LEAST, MOST = 4, 6  # rows of an experiment
+COARSE = 0.05  # between what bfloat16 rounds, 2^-8 a number, and the smallest mistake that is one of kind
+
+ALONG_BATCH = Cause(
+    id="positions.along_batch",
+    title="Positions are counted along the batch",
+    must=("places.row",),
+    may=("places.module", "positions.same"),
+    locate=("places.module",),
+    place="model",
+    repair="Index the table by the axis of time: x + positions[:, : x.size(1)] for x [B T C]. "
+    "A table [T 1 C], indexed by x.size(0), is written for x [T B C], and gives each row one vector, and the rows "
+    "of a batch different ones.",
+    refute="Rows that hold the same have the same output, wherever in the batch they stand.",
+    look="The shape of the table, and the size that cuts it: which axis of the input it is of.",
+    source="PyTorch tutorials: Language Modeling with nn.Transformer, PositionalEncoding (time comes first there)",
+)
+
+
+@probe(
+    "places",
+    title="Does it matter where in a batch a row stands?",
+    cost="two forward passes on six rows",
+    examines=True,
+    seldom=True,
+)
+class Places(Probe):
+    """Calls the model in evaluation mode with one row several times, and again with others between its first and last.
+
+    Records ``places.apart``, the smallest difference of the outputs of two of the equal rows, over the largest output:
+    0 where not all are different; ``places.others``, how far the first or the last moves when the rows between are
+    others; ``places.rounding``, what either may be by rounding; and, where they are apart, ``places.module_apart`` for
+    each module that is given equal rows and gives out different ones.
+    """
+
+    def lab_start(self, run: Run) -> None:
+        if any(word in name.lower() for name, _ in run.model.named_modules() for word in ROUTED):
+            raise NotChecked("a router shares tokens out: rows may depend on each other by design")
+        self._says = any(site.axes[:2] == ["B", "T"] for site in run.sites.match("**"))
+
+    def lab_examine(self, run: Run, step: Step) -> None:
+        batch = step.batch
+        if batch is None or batch.inputs is None or not batch.inputs.dim():
+            raise NotChecked("the batch is not known")
+        rows = min(len(batch.inputs), MOST)
+        if rows < LEAST or not _rows_alike(batch) or not (self._says or _rows_known(batch)):
+            raise NotChecked("which axis is the batch is not known, or there are too few rows")
+        run.model.eval()
+        equal, others = (_picked(batch, [place * differ for place in range(rows - 1)] + [0]) for differ in (0, 1))
+        with torch.no_grad():
+            with _Calls(run.model, rows) as calls:
+                same = _output(run, equal)
+            between = _output(run, others)
+        if not same.dim() or len(same) != rows:
+            raise NotChecked("the output is not one for each row")
+        apart, size = _apart(same), same.float().abs().amax().clamp_min(1e-30)
+        moved = (same - between)[[0, -1]].float().abs().amax() / size
+        coarse = run.autocast is not None or torch.finfo(same.dtype).bits < 32
+        coarse |= any(torch.finfo(p.dtype).bits < 32 for p in run.model.parameters() if p.is_floating_point())
+        step.record("places.rounding", COARSE if coarse else ROUNDING)
+        step.record("places.apart", apart)
+        step.record("places.others", moved)
+        for name, value in calls.apart.items():
+            step.record("places.module_apart", value, name)
+
+
+def _output(run: Run, batch: Batch) -> Tensor:
+    try:
+        return run.call(batch)
+    except TypeError as error:
+        raise NotChecked(str(error)) from None
+
+
+def _rows_alike(batch: Batch) -> bool:
+    """Whether it is known what a few rows of all that the model is given are."""
+    inputs = batch.inputs
+    count = len(inputs) if inputs is not None else 0
+    for value in (*batch.args, *batch.kwargs.values()):
+        if torch.is_tensor(value):
+            if value.layout != torch.strided:
+                return False
+            if value is not inputs and value.dim() and count in value.shape[len(value) == count :]:
+                return False
+        elif not (value is None or isinstance(value, (bool, int, float, str))):
+            return False
+    return True
+
+
+def _rows_known(batch: Batch) -> bool:
+    """Whether the first axis of the inputs is the batch, as the targets tell."""
+    inputs, targets = batch.inputs, batch.targets
+    if inputs is None or targets is None:
+        return False
+    if inputs.dim() == 2 and not inputs.is_floating_point():  # tokens [B T]
+        return bool(float(_rows_first(batch, inputs)) > 0)
+    return inputs.dim() > 2 and targets.shape == inputs.shape[:1]  # one class for each row
+
+
+def _picked(batch: Batch, chosen: list[int]) -> Batch:
+    """These rows of every tensor that has as many as the inputs."""
+    assert batch.inputs is not None
+    count = len(batch.inputs)
+
+    def pick(value: Any) -> Any:
+        return value[chosen] if torch.is_tensor(value) and value.dim() and len(value) == count else value
+
+    kwargs = {name: pick(value) for name, value in batch.kwargs.items()}
+    return replace(batch, args=tuple(map(pick, batch.args)), kwargs=kwargs, targets=None)
+
+
+def _apart(value: Tensor) -> Tensor:  # [K ...] -> []
+    """The smallest largest difference of two rows, over the largest value."""
+    flat = value.float().flatten(1)  # [K N]
+    apart = torch.stack([(flat[:i] - flat[i]).abs().amax(-1).amin() for i in range(1, len(flat))]).amin()
+    return apart / flat.abs().amax().clamp_min(1e-30)
+
+
+class _Calls:
+    """While in the block, notes how far rows are apart that come out of a module which is given equal ones."""
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        self.model, self.rows = model, rows
+        self.apart: dict[str, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name, module in self.model.named_modules():
+            if name:
+                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+            went = output[0] if isinstance(output, tuple) and output else output
+            came = [value for value in (*args, *kwargs.values()) if self._fits(value)]
+            if came and self._fits(went) and all((value == value[:1]).all() for value in came):  # type: ignore[index]
+                self.apart.setdefault(name, _apart(went))  # type: ignore[arg-type]
+
+        return note
+
+    def _fits(self, value: object) -> bool:
+        return torch.is_tensor(value) and value.dim() > 1 and len(value) == self.rows and value.layout == torch.strided
+
+
+def _out_of_place(history: History, metric: str) -> Iterator[tuple[str, int, float]]:
+    """Yield where equal rows are all apart, in an experiment in which none depends on the others."""
+    apart = history.series("places.apart").finite
+    if not len(apart):
+        raise NotChecked("the outputs were not finite when it was tried")
+    if (history.series("determinism.difference").values > ROUNDING).any():
+        raise NotChecked("evaluation is random, so two calls may differ")
+    for site, series in history.each(metric):
+        for step, seen in zip(series.steps, series.values, strict=True):
+            others, rounding = (history.series(f"places.{name}") for name in ("others", "rounding"))
+            limit = rounding.values[rounding.steps == step][-1]
+            if (
+                seen > limit
+                and apart.values[apart.steps == step].max(initial=0.0) > limit
+                and others.values[others.steps == step][-1] <= limit
+            ):
+                yield site, int(step), float(seen)
+                break
+
+
+@rule(
+    "places.row",
+    title="A row's output is the same wherever in the batch it stands",
+    reads=("places.apart",),
+    basis="experiment",
+    phase="forward",
+)
+def places_row(history: History) -> Iterator[Symptom]:
+    """Equal rows that are all answered differently, and alike whatever the others hold, are told by their place."""
+    for _, step, seen in _out_of_place(history, "places.apart"):
+        text = f"the same row is answered differently at each place in the batch, by {seen:.2g} of the largest output"
+        yield Symptom(at="", since=step, seen=seen, expected="0", text=f"{text} at least, at step {step}")
+
+
+@rule(
+    "places.module",
+    title="No module tells equal rows apart by their place in the batch",
+    reads=("places.apart",),
+    basis="experiment",
+    phase="forward",
+)
+def places_module(history: History) -> Iterator[Symptom]:
+    """Which module, where the model as a whole does; of nested ones, the innermost."""
+    found = {site: (step, seen) for site, step, seen in _out_of_place(history, "places.module_apart")}
+    for site, (step, seen) in found.items():
+        if not any(other.startswith(f"{site}.") for other in found):
+            text = f"{site} is where it comes in: what it is given is the same for all rows, what it gives is not"
+            yield Symptom(at=site, since=step, seen=seen, expected="0", text=text)
