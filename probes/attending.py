@@ -46,9 +46,10 @@ class Attending(Probe):
     A pattern is the softmax of a product of two tensors that both depend on the batch, square, and multiplied by a
     third. Records ``attending.uneven`` (by how much the sums of its weights differ from one position to another, where
     another axis sums to 1; else 0), ``attending.joined`` (1 where heads [B H T D] become [B T H*D] without changing
-    places with positions, 0 where they change) and, where the batch holds tokens [B T], ``attending.inverted``: in how
-    many rows all that is hidden from everybody are several tokens, and all that is seen is one and the same at an end.
-    It is 0 unless the rows with something to see have it in different number, and none of them is an exception.
+    places with positions, 0 where they change, -1 where it is neither) and, where the batch holds tokens [B T],
+    ``attending.hides``: whether any is hidden from everybody, and ``attending.inverted``: in how many rows all that is
+    hidden are several tokens, and all that is seen is one and the same at an end. It is 0 unless the rows with
+    something to see have it in different number, and none of them is an exception.
     """
 
     def lab_examine(self, run: Run, step: Step) -> None:
@@ -66,8 +67,10 @@ class Attending(Probe):
             step.record("attending.joined", joined, name)
         tokens = given[0]
         for name, hidden in operands.hidden.items():
-            if hidden.shape == tokens.shape and not tokens.is_floating_point() and bool(hidden.any()):
-                step.record("attending.inverted", _inverted(tokens, hidden), f"{name}.pattern" if name else "pattern")
+            if hidden.shape == tokens.shape and not tokens.is_floating_point():
+                at = f"{name}.pattern" if name else "pattern"
+                step.record("attending.hides", hidden.any(), at)
+                step.record("attending.inverted", _inverted(tokens, hidden), at)
         step.record("attending.looked", 1.0)
 
 
@@ -78,16 +81,20 @@ def _inverted(tokens: Tensor, hidden: Tensor) -> Tensor:  # [B T] x 2 -> []
     pad = torch.where(seen, tokens, tokens.amin() - 1).amax()  # the token that is seen, if it is one
     same = (~seen | (tokens == pad)).all() & (~hidden | (tokens != pad)).all()
     ends = (seen.long().diff(dim=-1) != 0).sum(-1) <= 1  # one change from what is hidden to what is seen, or back
-    counts = seen.sum(-1)[some]
-    rest = tokens[hidden]
-    if len(counts) < 2 or not len(rest):
-        return torch.zeros((), device=tokens.device)
-    varied = (counts.amax() > counts.amin()) & (rest.amax() > rest.amin())
+    counts = seen.sum(-1)
+    fewest = torch.where(some, counts, seen.shape[-1]).amin()
+    varied = (counts.amax() > fewest) & (_spread(tokens, hidden) > 0)
     return some.sum() * (same & ends.all() & varied)
 
 
+def _spread(tokens: Tensor, among: Tensor) -> Tensor:  # [B T] x 2 -> []
+    """The largest less the smallest of some tokens; below 0 if there are none."""
+    largest = torch.where(among, tokens, tokens.amin() - 1).amax()
+    return largest - torch.where(among, tokens, tokens.amax() + 1).amin()
+
+
 def _anywhere(history: History, metric: str) -> Iterator[tuple[str, int, float]]:
-    if not history.sites(metric):
+    if not any((series.values >= 0).any() for _, series in history.each(metric)):
         raise NotChecked(NONE)
     for site, series in history.each(metric):
         if found := series.first(series.values > 0):
@@ -132,7 +139,7 @@ def attention_beside_joined(history: History) -> Iterator[Symptom]:
 )
 def attending_padding(history: History) -> Iterator[Symptom]:
     """Padding is one token at an end of rows of different lengths: that is not all that there is to see."""
-    if not history.sites("attending.inverted"):
+    if not any((series.values > 0).any() for _, series in history.each("attending.hides")):
         raise NotChecked("no attention in this model hides a token of the batch, as one that is told of padding would")
     for site, step, seen in _anywhere(history, "attending.inverted"):
         text = f"in {seen:.0f} rows all that {site} sees is one token at an end, in different number; others are hidden"

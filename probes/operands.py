@@ -42,7 +42,7 @@ class Operands:
         uneven: By module, how far the sums of a pattern along the axis that its product with the values contracts are
             from each other at most, where what sums to 1 is another axis; else 0.
         joined: By module, 1 where heads are joined [B T H*D] of [B H T D] without exchanging heads and positions; 0
-            where they are exchanged.
+            where they are exchanged; -1 where something of that shape is neither.
         hidden: By module, which keys [B S] no query of any head sees.
     """
 
@@ -166,10 +166,9 @@ class Operands:
         if h < 2 or t < 2 or h == t or tuple(made.shape) not in ((b, t, h * d), (b * t, h * d)):
             return
         bare, right = (x.reshape(made.shape).to(made.dtype) for x in (average, average.transpose(1, 2)))
-        mistaken = (made == bare).all() & (made != right).any()
-        if bool(mistaken) or bool((made == right).all()):
-            self._keep(self.joined, mistaken.float())
-            self._averages = {key: x for key, x in self._averages.items() if x is not average}
+        either = torch.where((made == right).all(), 0.0, -1.0)
+        self._keep(self.joined, torch.where((made == bare).all() & (made != right).any(), 1.0, either))
+        self._averages = {key: x for key, x in self._averages.items() if x is not average}  # the first is the join
 
     def _keep(self, where: dict[str, Tensor], value: Tensor) -> None:
         before = where.get(self._module)

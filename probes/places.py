@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lab import Batch, History, Run, Step
 
 LEAST, MOST = 4, 6  # rows of an experiment
+UNKNOWN = "which axis is the batch is not known, or there are too few rows"
 COARSE = 0.05  # between what bfloat16 rounds, 2^-8 a number, and the smallest mistake that is one of kind
 
 ALONG_BATCH = Cause(
@@ -48,7 +49,7 @@ class Places(Probe):
     Records ``places.apart``, the smallest difference of the outputs of two of the equal rows, over the largest output:
     0 where not all are different; ``places.others``, how far the first or the last moves when the rows between are
     others; ``places.rounding``, what either may be by rounding; and, where they are apart, ``places.module_apart`` for
-    each module that is given equal rows and gives out different ones.
+    each module, 0 where what it is given differs already.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -61,8 +62,9 @@ class Places(Probe):
         if batch is None or batch.inputs is None or not batch.inputs.dim():
             raise NotChecked("the batch is not known")
         rows = min(len(batch.inputs), MOST)
-        if rows < LEAST or not _rows_alike(batch) or not (self._says or _rows_known(batch)):
-            raise NotChecked("which axis is the batch is not known, or there are too few rows")
+        known = 1.0 if self._says else _rows_known(batch)
+        if rows < LEAST or not _rows_alike(batch) or known is None:
+            raise NotChecked(UNKNOWN)
         run.model.eval()
         equal, others = (_picked(batch, [place * differ for place in range(rows - 1)] + [0]) for differ in (0, 1))
         with torch.no_grad():
@@ -75,6 +77,7 @@ class Places(Probe):
         moved = (same - between)[[0, -1]].float().abs().amax() / size
         coarse = run.autocast is not None or torch.finfo(same.dtype).bits < 32
         coarse |= any(torch.finfo(p.dtype).bits < 32 for p in run.model.parameters() if p.is_floating_point())
+        step.record("places.batch_first", known)
         step.record("places.rounding", COARSE if coarse else ROUNDING)
         step.record("places.apart", apart)
         step.record("places.others", moved)
@@ -104,14 +107,14 @@ def _rows_alike(batch: Batch) -> bool:
     return True
 
 
-def _rows_known(batch: Batch) -> bool:
-    """Whether the first axis of the inputs is the batch, as the targets tell."""
+def _rows_known(batch: Batch) -> float | Tensor | None:
+    """1 where the first axis of the inputs is the batch, as the targets tell; else 0 or None."""
     inputs, targets = batch.inputs, batch.targets
     if inputs is None or targets is None:
-        return False
+        return None
     if inputs.dim() == 2 and not inputs.is_floating_point():  # tokens [B T]
-        return bool(float(_rows_first(batch, inputs)) > 0)
-    return inputs.dim() > 2 and targets.shape == inputs.shape[:1]  # one class for each row
+        return _rows_first(batch, inputs)
+    return 1.0 if inputs.dim() > 2 and targets.shape == inputs.shape[:1] else None  # one class for each row
 
 
 def _picked(batch: Batch, chosen: list[int]) -> Batch:
@@ -154,9 +157,10 @@ class _Calls:
     def _hook(self, name: str) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
             went = output[0] if isinstance(output, tuple) and output else output
-            came = [value for value in (*args, *kwargs.values()) if self._fits(value)]
-            if came and self._fits(went) and all((value == value[:1]).all() for value in came):  # type: ignore[index]
-                self.apart.setdefault(name, _apart(went))  # type: ignore[arg-type]
+            came = [(value == value[:1]).all() for value in (*args, *kwargs.values()) if self._fits(value)]  # type: ignore[index]
+            if came and self._fits(went):
+                apart = _apart(went) * torch.stack(came).all()  # type: ignore[arg-type]
+                self.apart[name] = torch.maximum(self.apart.get(name, apart), apart)
 
         return note
 
@@ -169,6 +173,8 @@ def _out_of_place(history: History, metric: str) -> Iterator[tuple[str, int, flo
     apart = history.series("places.apart").finite
     if not len(apart):
         raise NotChecked("the outputs were not finite when it was tried")
+    if not (history.series("places.batch_first").values > 0).any():
+        raise NotChecked(UNKNOWN)
     if (history.series("determinism.difference").values > ROUNDING).any():
         raise NotChecked("evaluation is random, so two calls may differ")
     for site, series in history.each(metric):
