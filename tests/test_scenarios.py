@@ -26,8 +26,6 @@ NOT_THERE = (
     "the model's cache is of another kind",
     "no layer norm and no RMS norm",
     "there is one process",
-    "the lab's own training",
-    "no weights that were taken of the model",
     "more goes into the model than tokens",
     "weights are cut between the processes",
     "the formula of ShardedAdamW is not known here",
