@@ -140,7 +140,9 @@ class Tap:
         if not readers and not writers:
             return
 
-        def pass_through(grad: Tensor) -> Tensor | None:
+        def pass_through(grad: Tensor | None) -> Tensor | None:
+            if grad is None:  # an output that the loss does not use, where DistributedDataParallel looks for such
+                return None
             for writer in writers:
                 grad = writer.change(grad)
             for reader in readers:

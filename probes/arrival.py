@@ -51,7 +51,9 @@ class Arrival(Probe):
     def _see(self, _site: Site, gradient: Tensor) -> None:
         self._sent.append(gradient.abs().amax())
 
-    def _arrived(self, gradient: Tensor) -> None:
+    def _arrived(self, gradient: Tensor | None) -> None:
+        if gradient is None:  # DistributedDataParallel asks for those of outputs that the loss does not use
+            return
         if self._reached is not None and not gradient.is_sparse and gradient.numel():
             self._reached.append(gradient.abs().amax())
 

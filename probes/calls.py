@@ -33,9 +33,9 @@ class _Call:
     sums: Tensor
     wanted: bool = False
 
-    def note(self, _grad: Tensor) -> None:
+    def note(self, grad: Tensor | None) -> None:
         """A backward pass has reached it."""
-        self.wanted = True
+        self.wanted = self.wanted or grad is not None
 
 
 @probe("calls", title="Does a batch pass the model again, for nothing?", every=0, cost="a sum over the logits")

@@ -68,8 +68,10 @@ class Reduction(Probe):
                 self._hooks.append(p.register_hook(partial(self._see, name)))  # type: ignore[no-untyped-call]
         return batch
 
-    def _see(self, name: str, grad: Tensor) -> None:
+    def _see(self, name: str, grad: Tensor | None) -> None:
         """A backward pass has made this gradient, and no other process knows of it yet."""
+        if grad is None:
+            return
         some = self._some(grad)
         self._own[name] = self._own[name] + some if name in self._own else some
         if self._run.step.part == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,8 +31,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _no_group_is_left() -> Iterator[None]:
-    """Accelerate joins a process group even where there is one process, and keeps it: who comes after has their own."""
+    """Lightning says in the environment which process this is, and accelerate joins a group that it finds there."""
+    before = dict(os.environ)
     yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 

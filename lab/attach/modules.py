@@ -92,7 +92,7 @@ def _pass_through(tap: Tap) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         value = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(value, Tensor):
-            value = getattr(output, "logits", None)
+            value = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
             if not isinstance(value, Tensor):
                 return None
         passed = tap(value)

@@ -18,6 +18,8 @@ from lab.ranks import together
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
 STEPS = 12
 
 
@@ -67,6 +69,38 @@ def train(folder: Path, *, how: str, rank: int) -> Judged | None:
 
 def trained(folder: Path, how: str) -> list[Judged | None]:
     return together(2, lambda rank: train(folder, how=how, rank=rank), timeout=120.0)
+
+
+class TwoAnswers(nn.Module):
+    """Gives its loss beside logits and more that no loss uses, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head, self.beside = nn.Linear(6, 32), nn.Linear(32, 4), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.net(x).tanh()
+        logits = self.head(hidden)
+        loss = F.cross_entropy(logits, labels)
+        return {"logits": logits.float() * 1.0, "loss": loss, "beside": self.beside(hidden.detach())}
+
+
+def test_outputs_that_no_loss_uses_are_given_no_gradient(tmp_path: Path) -> None:
+    """DistributedDataParallel calls their hooks with None, where it looks for weights that are not used."""
+
+    def work(_: int) -> tuple[str, dict[str, str]]:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(TwoAnswers(), find_unused_parameters=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        with lab.watch(model.module, optimizer, out=tmp_path / "run") as watch:
+            for _ in range(12):
+                x = torch.randn(16, 6)
+                optimizer.zero_grad()
+                model(x, x[:, :4].argmax(1))["loss"].backward()
+                optimizer.step()
+        return watch.diagnosis.verdict, watch.run.plugins.set_aside
+
+    assert together(1, work, timeout=120.0) == [("healthy", {})]
 
 
 RULES = {"ranks.drift", "ranks.gradients", "ranks.apart", "shards.same_batch"}
