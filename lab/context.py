@@ -217,6 +217,7 @@ class Run:
         model, optimizer, data: What the build actions made.
         scheduler: The schedule of the learning rate; None when none is known.
         scheduled: What it counts: ``update``, or ``unknown``, which may be epochs.
+        classes_second: Whether the model answers [B V T], as ``cross_entropy`` takes it, and not [B T V].
         autocast: How PyTorch casts by itself where the model is trained; see `autocast_now`.
         compiled: Modules that `torch.compile` has taken over: a hook in one would be compiled with it.
         sites: The named tensors of the model; none before it is built.
@@ -239,6 +240,7 @@ class Run:
     scheduler: LRScheduler | None = field(init=False, default=None)
     scheduled: Literal["update", "unknown"] = "update"
     data: Any = field(init=False, default=None)
+    classes_second: bool = field(init=False, default=False)
     autocast: Autocast = field(init=False, default=None)
     compiled: Collection[nn.Module] = field(init=False, default=())
     sites: Sites = field(init=False, default_factory=Sites)
@@ -260,12 +262,13 @@ class Run:
         return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
 
     def call(self, batch: Batch) -> Tensor:
-        """Call the model as training does; return the first floating-point tensor that it answers.
+        """Call the model as training does; return the first floating-point tensor that it answers, classes last.
 
         Raises:
             NotChecked: None is known in what it answers.
         """
-        return first_tensor(self.answer(batch))
+        answer = first_tensor(self.answer(batch))
+        return answer.movedim(1, -1) if self.classes_second and answer.dim() > 2 else answer
 
     def answer(self, batch: Batch) -> Any:
         """Call the model as training does; return all that it answers.

@@ -79,20 +79,20 @@ class Causality(Probe):
             logits = run.call(batch)
             if not calls.begins:
                 raise NotChecked("no module makes a vector [B T C] of each token")
-            found = (_shares(logits, begin, places, told) for begin in calls.begins)
+            found = (_shares(logits, begin, places, told, length) for begin in calls.begins)
             shares = next((share for share in found if share is not None), None)
             if shares is None:
                 raise NotChecked("the output does not depend on the embedding in a way that can be differentiated")
             step.record("causality.future", torch.where(asked > ALL, shares[0], torch.nan))
             for name, came, went in calls.made:
-                local = _shares(went, came, places, told)
+                local = _shares(went, came, places, told, length)
                 if local is not None:
                     step.record("causality.module_future", local[0], name)
                     step.record("causality.module_past", local[1], name)
 
 
 class _Calls:
-    """While in the block, notes what goes in and comes out of each module that maps [B T ...] to [B T ...].
+    """While in the block, notes what goes in and comes out of each module that maps [B T ...] or [B C T] to such.
 
     What does not require a gradient, as in a model of which most is frozen, is exchanged for a copy that does.
     """
@@ -136,9 +136,10 @@ class _Calls:
         return note
 
     def _fits(self, value: Tensor) -> bool:
-        return (
-            value.dim() >= 3 and value.is_floating_point() and tuple(value.shape[:2]) in (self.shape, self.shape[::-1])
-        )
+        if value.dim() < 3 or not value.is_floating_point():
+            return False
+        rows, length = self.shape
+        return tuple(value.shape[:2]) in (self.shape, self.shape[::-1]) or _positions_last(value, rows, length)
 
 
 def _places(counts: Tensor, shift: int) -> tuple[Tensor, Tensor]:
@@ -157,17 +158,30 @@ def _places(counts: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     return torch.where(told, place, some % (length - 2) + 1), told
 
 
-def _shares(went: Tensor, came: Tensor, places: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the largest share of the gradient on later positions over the rows, and the smallest on earlier ones.
+def _positions_last(value: Tensor, rows: int, length: int) -> bool:
+    """Whether it is [R C T], as convolutions have it."""
+    return value.dim() == 3 and len(value) == rows and value.shape[1] != length == value.shape[2]
+
+
+def _rows_first(value: Tensor, rows: int, length: int) -> Tensor:
+    """Return [R T ...] of that, of [T R ...] or of [R C T]."""
+    if _positions_last(value, rows, length):
+        return value.transpose(1, 2)
+    return value if len(value) == rows else value.transpose(0, 1)
+
+
+def _shares(
+    went: Tensor, came: Tensor, places: Tensor, told: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the largest share of the gradient on later positions over the rows, and the largest on earlier ones.
 
     And the smallest on the position itself.
 
-    ``went`` [R T ...] or [T R ...] at ``places`` [R] is differentiated by ``came``, of the same layout. Rows that are
-    not ``told`` [R] are left out.
+    ``went`` at ``places`` [R] is differentiated by ``came``, both [R T ...], [T R ...] or [R C T]. Rows that are not
+    ``told`` [R] are left out.
     """
     rows = len(places)
-    swap = came.shape[0] != rows
-    out = went.transpose(0, 1) if went.shape[0] != rows else went
+    out = _rows_first(went, rows, length)
     picked = out[torch.arange(rows, device=out.device), places]  # [R ...]
     signs = torch.ones_like(picked)
     signs.view(-1)[::2] = -1.0  # a direction that no symmetry of the model cancels
@@ -175,14 +189,14 @@ def _shares(went: Tensor, came: Tensor, places: Tensor, told: Tensor) -> tuple[T
     (grad,) = torch.autograd.grad((picked * signs).sum(), came, retain_graph=True, allow_unused=True)
     if grad is None:
         return None
-    grad = grad.transpose(0, 1) if swap else grad
+    grad = _rows_first(grad, rows, length)
     size = grad.float().flatten(2).norm(dim=-1)  # [R T]
     later = torch.arange(size.shape[1], device=size.device)[None] - places[:, None]  # [R T]
     total = size.sum(-1).clamp_min(1e-30)  # [R]
     future = (size * (later > 0)).sum(-1) / total
     past = (size * (later < 0)).sum(-1) / total
     itself = (size * (later == 0)).sum(-1) / total
-    return future.where(told, 0.0).amax(), past.where(told, 1.0).amin(), itself.where(told, 1.0).amin()
+    return future.where(told, 0.0).amax(), past.where(told, 0.0).amax(), itself.where(told, 1.0).amin()
 
 
 def _shifted(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -21,12 +21,22 @@ ROUNDING = 1e-6
 
 
 def _convolutions(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules with a weight [outputs inputs kernel] of more than one tap."""
-    found = {}
+    """Return the modules with a weight [outputs inputs kernel] of more than one tap.
+
+    In place of PyTorch's own, the module around it that has no other weights: what that puts before the beginning or
+    cuts off at the end belongs to the convolution.
+    """
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is not None and weight.dim() == 3 and weight.shape[-1] > 1 and name:
-            found[name] = module
+            parent = name.rpartition(".")[0]
+            around = model.get_submodule(parent)
+            alone = parent and {*map(id, around.parameters())} == {*map(id, module.parameters())}
+            if alone and isinstance(module, torch.nn.Conv1d) and not isinstance(around, torch.nn.ModuleList):
+                found[parent] = around
+            else:
+                found[name] = module
     return found
 
 

@@ -70,9 +70,15 @@ def _directed(out: Tensor) -> Tensor:  # [C] -> []
     return (out.float() * torch.cos(torch.arange(out.numel(), device=out.device)).view(out.shape)).sum()
 
 
-def _axis(module: nn.Module) -> int:
+def _axis(module: nn.Module, came: Tensor, made: Tensor) -> int | None:
+    """Which axis holds positions; None where a module around a convolution leaves it open."""
     if isinstance(module, torch.nn.Conv1d):
         return 2
+    inner = [m for m in module.modules() if isinstance(m, torch.nn.Conv1d)]
+    if len(inner) == 1:
+        channels = inner[0].in_channels, inner[0].out_channels
+        first, last = ((came.shape[axis], made.shape[axis]) == channels for axis in (1, 2))
+        return None if first == last else 2 if first else 1
     return 1 if getattr(module, "batch_first", True) else 0
 
 
@@ -89,9 +95,11 @@ def _cut(given: dict[str, Tensor], name: str) -> Callable[..., Any]:
 def _keep(found: dict[str, Call], given: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         made = output[0] if isinstance(output, tuple) and output else output
-        came, axis = given.get(name), _axis(module)
-        if came is None or not torch.is_tensor(made) or made.dim() != 3 or made.shape[axis] != came.shape[axis]:
+        came = given.get(name)
+        if came is None or not torch.is_tensor(made) or made.dim() != 3:
             return
-        found[name] = Call(came, made, axis)
+        axis = _axis(module, came, made)
+        if axis is not None and made.shape[axis] == came.shape[axis]:
+            found[name] = Call(came, made, axis)
 
     return hook

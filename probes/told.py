@@ -67,7 +67,7 @@ class Told(Probe):
         with torch.enable_grad(), _After(run.model, told, everywhere=everywhere) as calls:
             logits = run.call(batch)
             all_told = torch.ones_like(places, dtype=torch.bool)
-            found = (_shares(logits, begin, places, all_told) for begin in calls.begins)
+            found = (_shares(logits, begin, places, all_told, length) for begin in calls.begins)
             share = next((share for share in found if share is not None), None)
             if share is None:
                 raise NotChecked("no module is seen to make a vector [B T C] of each token that a decoder is told")
@@ -76,7 +76,9 @@ class Told(Probe):
             step.record("told.itself", share[2])
             for name, came, went in calls.made:
                 heard = torch.autograd.grad(came.sum(), calls.begins, retain_graph=True, allow_unused=True)
-                local = _shares(went, came, places, all_told) if any(part is not None for part in heard) else None
+                local = (
+                    _shares(went, came, places, all_told, length) if any(part is not None for part in heard) else None
+                )
                 if local is not None:
                     step.record("told.module_future", local[0], name)
 

@@ -289,6 +289,7 @@ class Watch:
         if logits.dim() == 2 and not _last_left_out(targets, inputs):
             step.logits = logits
         elif inputs is not None and logits.dim() == inputs.dim() + 1:
+            self.run.classes_second = step.logits is not None and _same(step.logits, logits)
             step.logits = logits.movedim(1, -1)  # cross_entropy takes classes second
         step.batch.targets = _beside(targets, inputs)
 
@@ -383,6 +384,13 @@ class Watch:
         self._begin(step.index + 1)
         if self.findings is not None:
             self.findings.tell()
+
+
+def _same(answer: Tensor, logits: Tensor) -> bool:
+    """Whether a loss was given a model's answer as it lies; of [N N] nobody knows, but where it is the same memory."""
+    if answer.shape != logits.shape or len({*logits.shape[1:]}) > 1:
+        return answer.shape == logits.shape
+    return answer.data_ptr() == logits.data_ptr() and answer.stride() == logits.stride()
 
 
 def _last_left_out(targets: Tensor, inputs: Tensor | None) -> bool:

@@ -27,6 +27,7 @@ MISTAKES = {
     "log_of_softmax": ("numerics.nonfinite_gradient", "out"),
     "lora_zero": ("init.zero", "layers.0.attention.q.lora_A"),
     "merge_heads": ("attention.wrong_merge", "layers.0.attention"),
+    "mse_broadcast": ("loss.broadcast", "loss"),
     "new_head": ("optimizer.missing_parameter", "head.weight"),
     "normal_init": ("init.too_large", "body.layers.0.self_attn"),
     "padding_counted": ("targets.padding_counted", "targets"),
@@ -35,6 +36,7 @@ MISTAKES = {
     "pure_bfloat16": ("precision.update_lost", "optimizer"),
     "rewrapped": ("loop.detached", "word"),
     "running_loss": ("performance.retained_graph", "loop"),
+    "same_batch": ("data.iterator_anew", "data"),
     "scheduler_micro": ("schedule.per_part", "schedule"),
     "sdpa_mask": ("mask.inverted", "trf_blocks.0.att"),
     "seq2seq_shift": ("targets.not_shifted", "targets"),
@@ -46,6 +48,7 @@ MISTAKES = {
     "two_optimizers": ("optimizer.missing_parameter", "bridge.weight"),
     "unscale": ("clip.before_unscale", "clipping"),
     "validate_with_graph": ("performance.gradients_at_evaluation", "evaluation"),
+    "wavenet": ("convolution.not_causal", "stack.0.dilated"),
     "zero_grad": ("loop.no_zero_grad", "loop"),
 }
 

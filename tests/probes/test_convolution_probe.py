@@ -85,3 +85,62 @@ def test_convolutions_of_others(tmp_path: Path, model: nn.Module, found: bool) -
     diagnosis = watching.diagnosis
     assert [s.at for s in diagnosis.symptoms if s.id.startswith("convolution")] == (["conv"] if found else [])
     assert [cause.id for cause in diagnosis.causes] == (["convolution.not_causal"] if found else [])
+
+
+class Padded(nn.Module):
+    """A convolution whose padding stands beside it."""
+
+    def __init__(self, before: int, behind: int) -> None:
+        super().__init__()
+        self.conv, self.ends = nn.Conv1d(16, 16, 3), (before, behind)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B C T]
+        y: Tensor = self.conv(F.pad(x, self.ends))
+        return y
+
+
+class ClassesSecond(nn.Module):
+    """Convolutions from tokens to logits [B V T]."""
+
+    def __init__(self, classes: int, before: int, behind: int) -> None:
+        super().__init__()
+        self.tokens, self.padded = nn.Embedding(classes, 16), Padded(before, behind)
+        self.head = nn.Conv1d(16, classes, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(F.relu(self.padded(self.tokens(tokens).transpose(1, 2))))
+        return out
+
+
+@pytest.mark.parametrize("classes", [7, 12, 30])  # fewer than positions, as many, and more
+@pytest.mark.parametrize("ends", [(2, 0), (1, 1)])
+def test_a_model_that_answers_with_classes_second(tmp_path: Path, classes: int, ends: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = ClassesSecond(classes, *ends)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with watch(model, optimizer, out=tmp_path / "run") as watching:
+        for _ in range(12):
+            rows = torch.randint(classes, (5, 13))
+            optimizer.zero_grad()
+            F.cross_entropy(model(rows[:, :-1]), rows[:, 1:]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    diagnosis = watching.diagnosis
+    assert watching.run.classes_second
+    assert {"causality.future", "convolution.later"} <= set(diagnosis.checked)
+    named = [] if ends == (2, 0) else [("convolution.not_causal", "padded")]
+    assert [(cause.id, cause.at) for cause in diagnosis.causes] == named
+    assert diagnosis.unexplained == ()
+
+
+def test_an_answer_that_the_loop_turns_is_taken_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Chomped(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with watch(model, optimizer, out=tmp_path / "run") as watching:
+        for length in (8, 12):  # as many positions as classes, and others
+            rows = torch.randint(8, (5, length + 1))
+            optimizer.zero_grad()
+            F.cross_entropy(model(rows[:, :-1]).transpose(1, 2), rows[:, 1:]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            assert not watching.run.classes_second
+    assert watching.diagnosis.causes == ()
