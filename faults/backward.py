@@ -27,7 +27,7 @@ GRADIENT_UNDERFLOW = Cause(
     id="precision.gradient_underflow",
     title="Small gradients become 0 on their way back: float16 without loss scaling",
     must=("backward.lost",),
-    may=("flow.zero", "arrival.none", "movement.none"),
+    may=("flow.zero", "arrival.*", "movement.none"),
     module=True,
     repair="Multiply the loss by a large factor before backward() and divide the gradients by it before they are used "
     "(torch.amp.GradScaler: scale, unscale_, step, update); or take bfloat16, whose range is that of float32.",

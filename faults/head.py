@@ -23,6 +23,21 @@ SCALED = Cause(
     source="Guo et al., 2017, section 4.2 (temperature); Radford et al., 2021, section 2.5 (logit scale)",
 )
 
+DEAD = Cause(
+    id="head.dead",
+    title="The output is dead: no gradient passes it",
+    must=("arrival.dead",),
+    may=("movement.none",),
+    cannot=("flow.zero", "adapter.dead", "backward.lost", "objective.clamped"),
+    place="model",
+    repair="Drop the activation behind the last layer: a ReLU is 0, with a slope of 0, for all that is negative. For "
+    "an output that has to be positive take softplus or exp, which have a slope everywhere. A factor or a matrix of "
+    "zeros there stops gradients as well.",
+    refute="Some parameter has a gradient that is not 0.",
+    look="What the module named gives out: the same for every row?",
+    source="Lu et al., 2019, Dying ReLU and Initialization",
+)
+
 
 @fault(
     "head.scaled",

@@ -56,7 +56,7 @@ CLAMPED = Cause(
     id="loss.clamped",
     title="Probabilities are clamped before the logarithm: the worst tokens teach nothing",
     must=("objective.clamped",),
-    may=("flow.zero",),  # what is below the bound has no gradient
+    may=("flow.zero", "arrival.dead"),  # what is below the bound has no gradient
     place="loss",
     repair="Use log_softmax or cross-entropy on logits: they never take the logarithm of 0, and need no clamp. Below "
     "a clamp the gradient is 0, exactly where the model is most wrong.",

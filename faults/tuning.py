@@ -18,7 +18,7 @@ DEAD = Cause(
     id="tuning.adapter_dead",
     title="Both factors of an adapter are zero",
     must=("adapter.dead",),
-    may=("flow.zero",),
+    may=("flow.zero", "arrival.dead"),
     repair="Draw A at random and set only B to 0. With both at 0 neither has a gradient: A's is multiplied by B, and "
     "B's by A.",
     refute="One of the two factors is not 0.",

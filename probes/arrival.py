@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lab import History, Run, Site, Step
 
+NOTHING = -1.0
 LOOKS = 3  # in a row and up to now: a single update may be left out on purpose
 
 
@@ -30,7 +31,8 @@ class Arrival(Probe):
     backward passes since the last update, and ``arrival.share``: the share of what may learn (trainable parameters,
     and all that the optimiser holds) whose gradient is there and not 0 when the weights are about to change; and in
     each step ``update.calls``: how often the optimiser took a step. Where that share was 0, it listens at these
-    tensors from then on: ``arrival.reached``, the largest element of a gradient that a backward pass brought to any.
+    tensors from then on: ``arrival.reached``, the largest element of a gradient that a backward pass brought to any, or
+    -1 if it brought none.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -75,7 +77,7 @@ class Arrival(Probe):
         step.record("arrival.share", share)
         step.record("arrival.output", torch.stack(self._sent).amax() if self._sent else 0.0)
         if self._reached is not None:
-            step.record("arrival.reached", torch.stack(self._reached).amax() if self._reached else 0.0)
+            step.record("arrival.reached", torch.stack(self._reached).amax() if self._reached else NOTHING)
         elif run.history.last("arrival.share") == 0:  # a hook at each parameter costs too much to be there unasked
             self._reached = []
             for p in learning:
@@ -122,6 +124,45 @@ def arrival_none(history: History) -> Iterator[Symptom]:
             text=f"from step {step} on no parameter has a gradient when the optimiser is to take its step, although a "
             f"gradient (largest element {sent:.2g}) had gone backward from the output",
         )
+
+
+@rule(
+    "arrival.dead",
+    title="A gradient that passes the output reaches some weight",
+    reads=("arrival.share", "arrival.output"),
+    basis="experiment",
+    phase="backward",
+)
+def arrival_dead(history: History) -> Iterator[Symptom]:
+    """Every gradient that the backward pass brings to a weight is exactly 0, and that at the output is not.
+
+    In each of three measured steps up to now, so that nothing is learned. Of the modules that a gradient reaches, the
+    first of the forward pass is where it ends.
+    """
+    share, output = history.series("arrival.share"), history.series("arrival.output").values
+    begin = share.until_now((share.values == 0) & (output > 0), LOOKS)
+    if begin is None:
+        return
+    reached = history.series("arrival.reached").values
+    if not len(reached):
+        raise LookAgain("no parameter has a gradient; whether one was brought there shows in the next step")
+    if not np.all(reached == 0):
+        raise NotChecked("no gradient is brought to a parameter, or one is that is not 0")
+    passed = {site: series.values[-1] for site, series in history.each("backward.passed")}
+    if not passed:
+        raise LookAgain("all gradients are 0 at the weights; where they end shows when they are looked at")
+    ended = min(
+        (site for site, size in passed.items() if size > 0), key=lambda site: history.order.get(site, 0), default=""
+    )
+    place, step = ended.rpartition(".")[0], int(share.steps[begin])
+    yield Symptom(
+        at=place,
+        since=step,
+        seen=0.0,
+        expected="above 0",
+        text=f"from step {step} on the gradient of every weight is 0, though that at the output (largest element "
+        f"{output[begin]:.2g}) is not: {place or 'the last step of the model'} lets nothing through",
+    )
 
 
 @rule(

@@ -34,7 +34,8 @@ class Backward(Probe):
     A backward pass is linear: it gives 4096 times as much. Records by parameter ``backward.lost``: of the elements
     that have a gradient then, the share that had none before. Parameters that the optimiser holds and that got no
     gradient in training are asked once more: ``backward.cut`` says, where the graph is cut before it reaches them, by
-    how much the output changes with one of them, relative to its largest value. Its site is the place of the cut.
+    how much the output changes with one of them, relative to its largest value. Its site is the place of the cut. And
+    where every weight has had a gradient of 0, ``backward.passed``: the largest element of the gradient at each site.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -66,7 +67,21 @@ class Backward(Probe):
         step.record("backward.looks", 1.0)
         if not self._all:
             _ask(run, step, rows, self._missing)
+        if run.history.last("arrival.share") == 0:
+            _ended(run, step, rows, sent)
         _louder(run, step, rows, sent)
+
+
+def _ended(run: Run, step: Step, rows: Batch, sent: Tensor) -> None:
+    """Go backward from the output to every site."""
+    with run.sites.capture("**.out") as values:
+        out = run.call(rows)
+    traced = {name: value for name, value in values.items() if value.is_floating_point() and value.requires_grad}
+    if traced and out.requires_grad and out.shape[1:] == sent.shape[1:] and len(out) <= len(sent):
+        ask = list(traced.values())
+        grads = torch.autograd.grad(out, ask, sent[: len(out)].to(out.dtype), allow_unused=True)
+        sizes = [value.new_zeros(()) if g is None else g.abs().amax() for value, g in zip(ask, grads, strict=True)]
+        step.record_all("backward.passed", tuple(traced), torch.stack([size.float() for size in sizes]))
 
 
 def _louder(run: Run, step: Step, rows: Batch, sent: Tensor) -> None:

@@ -20,6 +20,7 @@ MISTAKES = {
     "best_weights": ("loading.no_copy", "model"),
     "causal_mask": ("mask.future_leak", "transformer_encoder.layers.0.self_attn"),
     "clip_after_step": ("clip.ineffective", "clipping"),
+    "dead_output": ("head.dead", "last"),
     "float64_table": ("performance.float64", ""),
     "functional_dropout": ("evaluation.dropout", "pool"),
     "labels_not_shifted": ("targets.not_shifted", "targets"),

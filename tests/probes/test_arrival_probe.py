@@ -162,6 +162,46 @@ def test_gradients_that_are_0_when_they_arrive_were_cleared_by_nobody(tmp_path: 
     assert "0 there" in watch.diagnosis.not_checked["arrival.none"]
 
 
+class Ended(nn.Module):
+    """A regression that ends with a ReLU, as a module or as a function; `bias` is that of the layer before."""
+
+    def __init__(self, bias: float, *, module: bool = True) -> None:
+        super().__init__()
+        self.body, self.out, self.relu = nn.Linear(6, 16), nn.Linear(16, 1), nn.ReLU()
+        self.module = module
+        nn.init.constant_(self.out.bias, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.out(torch.tanh(self.body(x)))
+        answer: torch.Tensor = self.relu(y) if self.module else y.clamp_min(0)
+        return answer
+
+
+def regress(folder: Path, model: Ended, target: float) -> lab.Diagnosis:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with lab.watch(model, optimizer, out=folder) as watch:
+        for _ in range(34):
+            x = torch.randn(16, 6)
+            optimizer.zero_grad()
+            F.l1_loss(model(x).squeeze(-1), x[:, 0].square() * target).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return watch.diagnosis
+
+
+@pytest.mark.parametrize(("module", "at"), [(True, "relu"), (False, "model")])
+def test_an_output_that_is_dead_is_named(tmp_path: Path, module: bool, at: str) -> None:
+    torch.manual_seed(0)
+    diagnosis = regress(tmp_path / "run", Ended(-9.0, module=module), 1.0)
+    assert [(c.id, c.at, c.since_step) for c in diagnosis.causes] == [("head.dead", at, 0)]
+    assert diagnosis.unexplained == ()
+
+
+@pytest.mark.parametrize(("bias", "target"), [(1.0, 1.0), (-0.2, 1.0), (-9.0, 0.0)])  # the last has nothing to learn
+def test_a_relu_at_the_end_is_silent_while_some_row_passes(tmp_path: Path, bias: float, target: float) -> None:
+    torch.manual_seed(0)
+    assert regress(tmp_path / "run", Ended(bias), target).causes == ()
+
+
 @pytest.mark.parametrize(
     ("share", "output", "calls", "found"),
     [
