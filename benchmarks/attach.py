@@ -87,6 +87,7 @@ def wandb_watch(every: int) -> Tool:
         @contextlib.contextmanager
         def log() -> Iterator[None]:
             nonlocal count
+            wandb.run = run  # its hooks write to whatever run is the newest, and this process has two
             yield
             count += 1
             run.log({"step": count})

@@ -9,7 +9,7 @@ In a model that the lab did not write, sites are module outputs, made by ``lab.a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -174,6 +174,22 @@ class Sites:
         """Make a site known. ``attach(tap)`` is called when first something is attached to it."""
         self._known[site.name] = site
         self._attach[site.name] = attach
+
+    def keep(self, patterns: Iterable[str]) -> None:
+        """Forget every site but the model's output and those of which the name, or that of their module, matches one.
+
+        Raises:
+            BadInput: A pattern matches none.
+        """
+        kept = {self.output}
+        for pattern in patterns:
+            test = pattern_of(pattern).fullmatch
+            found = {name for name, site in self._known.items() if test(name) or test(site.module)}
+            if not found:
+                modules = {site.module for site in self._known.values() if site.module}
+                raise BadInput(f"no site and no module matches {pattern!r}{nearest(pattern, modules)}")
+            kept |= found
+        self._known = {name: site for name, site in self._known.items() if name in kept}
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Call `undo` when the sites are detached."""

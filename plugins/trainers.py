@@ -7,7 +7,8 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lab import BadInput, LabError, torch, watch
+import lab
+from lab import BadInput, LabError, torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -144,7 +145,7 @@ class Watcher:
             out = f"{out}-{self._trainings}"
         ask = self._ask_to_stop if self._on_finding == "stop" else self._on_finding
         options: dict[str, Any] = {**self._options, "out": out, "scheduler": scheduler, "on_finding": ask}
-        watching = watch(module, optimizer, **options)
+        watching = lab.watch(module, optimizer, **options)
         watching.__enter__()
         self.watching = watching
 

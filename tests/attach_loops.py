@@ -67,6 +67,7 @@ def train(
     zero_grad: bool = True,
     left_out: str = "",
     evaluate: bool = False,
+    sites: list[str] | None = None,
     **model_options: Any,
 ) -> Trained:
     """Train, watched when `folder` is given."""
@@ -74,7 +75,7 @@ def train(
     model = LanguageModel(**model_options)
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if n != left_out], lr=1e-3)
     losses = []
-    watching = lab.watch(model, optimizer, out=folder) if folder is not None else contextlib.nullcontext()
+    watching = lab.watch(model, optimizer, out=folder, sites=sites) if folder is not None else contextlib.nullcontext()
     with watching as watch:
         for tokens in batches(steps, seed):
             logits = model(tokens[:, :-1])

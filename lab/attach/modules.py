@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lab.sites import Component, Site, Tap, sites_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterable
 
     from torch.utils.hooks import RemovableHandle
 
@@ -22,12 +22,18 @@ class ModuleSites:
     Args:
         model: Whose.
         compiled: Modules that are compiled: their sites are there when asked for, not in training.
+        only: Patterns of the sites, or of the modules, that are to have one; by default all.
+
+    Raises:
+        BadInput: One of `only` matches nothing.
 
     Attributes:
         sites: A site ``NAME.out`` for the output of each module; ``out`` for that of the model.
     """
 
-    def __init__(self, model: nn.Module, compiled: Collection[nn.Module] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, compiled: Collection[nn.Module] = (), only: Iterable[str] | None = None
+    ) -> None:
         self.sites: Sites = sites_of(model)
         self.sites.output = "out"
         self._hooks: list[tuple[nn.Module, Hook]] = []
@@ -37,6 +43,8 @@ class ModuleSites:
             if not isinstance(module, Component) or not name:
                 site = Site(f"{name}.out" if name else "out", name)
                 self.sites.declare(site, self._attacher(module))
+        if only is not None:
+            self.sites.keep(only)
         self.sites.on_detach(self.pause)
 
     def _attacher(self, module: nn.Module) -> Callable[[Tap], None]:

@@ -44,6 +44,7 @@ class Finder:
         folder: Of the run.
         catalogue: Probes, rules and causes.
         examine_every: See `lab.session.Session`.
+        sites: See `lab.watch`.
 
     Attributes:
         watching: What was found; None until then.
@@ -51,8 +52,11 @@ class Finder:
         why_not: Why a module that was found is not watched; empty if none was found that cannot be.
     """
 
-    def __init__(self, folder: Path, catalogue: Catalogue, examine_every: int) -> None:
+    def __init__(
+        self, folder: Path, catalogue: Catalogue, examine_every: int, sites: Sequence[str] | None = None
+    ) -> None:
         self.folder, self.catalogue, self.examine_every = folder, catalogue, examine_every
+        self.sites = sites
         self.watching: Watch | None = None
         self.made = 0
         self.why_not = ""
@@ -129,7 +133,12 @@ class Finder:
             self.why_not = "each process holds a part of the weights only (FSDP, ZeRO): that cannot be watched yet"
             return
         optimizer = max(shares, key=lambda share: share[0])[1]
-        self.watching = Watch(module, optimizer, self.folder, (), self.catalogue, self.examine_every, calls=self._calls)
+        about = (self.folder, (), self.catalogue, self.examine_every)
+        try:
+            self.watching = Watch(module, optimizer, *about, calls=self._calls, sites=self.sites)
+        except BadInput as error:  # the script goes on, whatever the lab was asked
+            self.why_not = str(error)
+            return
         known = self._schedulers.get(optimizer)
         self.watching.run.scheduler = known() if known is not None else None
         self.watching.run.scheduled = "unknown"

@@ -52,6 +52,7 @@ def watch(
     scheduler: LRScheduler | None = None,
     probes: Iterable[str] | None = None,
     on_finding: OnFinding = None,
+    sites: Iterable[str] | None = None,
 ) -> Watch:
     """Watch a training loop, for as long as the block lasts.
 
@@ -80,14 +81,19 @@ def watch(
         on_finding: What to do at once with each new symptom: a function that is given it; ``"warn"``; ``"log"``, to the
             logger ``lab``; or ``"raise"``, which ends the loop with `FaultFound` from ``optimizer.step()``, when the
             step is recorded.
+        sites: Where values and gradients are read: patterns of modules, such as ``"blocks.*.attn"`` or ``"head.**"``;
+            by default everywhere. In large models it bounds what a step costs and what is kept. Experiments are not
+            bound to it, nor is what is read of parameters.
 
     Raises:
-        BadInput: `out` holds a run already, there is no such probe, or `on_finding` is another word.
+        BadInput: `out` holds a run already, there is no such probe, `on_finding` is another word, or one of `sites`
+            matches nothing.
     """
     folder = own_folder(Path(out)) if out is not None else _new_folder()
     findings = Findings(on_finding)
     more = (*plugins, findings)
-    watching = Watch(model, optimizer, folder, more, catalogue or discover(), examine_every, scheduler, probes)
+    about = (folder, more, catalogue or discover(), examine_every, scheduler, probes)
+    watching = Watch(model, optimizer, *about, sites=sites)
     watching.findings = findings
     return watching
 
@@ -126,9 +132,12 @@ class Watch:
         scheduler: LRScheduler | None = None,
         probes: Iterable[str] | None = None,
         calls: Calls | None = None,
+        sites: Iterable[str] | None = None,
     ) -> None:
         unasked = [id for id, probe in catalogue.probes.items() if not probe.info.on_request]
         chosen = [catalogue.probe(id) for id in (unasked if probes is None else probes)]
+        compiled = compiled_parts(model)
+        self._modules = ModuleSites(original(model), compiled, sites)
         new_folder(folder)
         write_run_file(folder, "watch", {}, torch.initial_seed() % 2**31)
         manager = Manager()
@@ -137,12 +146,9 @@ class Watch:
         self.run = Run(folder, manager, device=device)
         self._place = place()
         self._called_as = model
-        compiled = compiled_parts(model)
         self._compiled = bool(compiled)
         self.run.compiled = compiled
-        model = original(model)
-        self._modules = ModuleSites(model, compiled)
-        self.run.attach(model, optimizer, self._modules.sites)
+        self.run.attach(original(model), optimizer, self._modules.sites)
         self.run.scheduler = scheduler
         self._session = Session(self.run, catalogue, examine_every=examine_every, others=self._others)
         for plugin in plugins:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 @click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder; by default a new one in runs.")
 @click.option("--every", type=click.IntRange(1, 1_000_000), default=10, show_default=True, help="Steps between looks.")
+@click.option(
+    "--sites", multiple=True, metavar="PATTERN", help="Read there only: blocks.*.attn, head.**. May be repeated."
+)
 @click.option("--strict", is_flag=True, help="Exit with 1 when the training is faulty, whatever the script says.")
 @json_option
 @plugin_option
@@ -32,6 +35,7 @@ def exec_(
     module: bool,
     out: Path | None,
     every: int,
+    sites: tuple[str, ...],
     strict: bool,
     as_json: bool,
     plugins: tuple[str, ...],
@@ -57,7 +61,7 @@ def exec_(
     rank, _ = place()
     here = own_folder(folder)
     check_script(script, here, module=module)
-    finder = Finder(here, catalogue, every)
+    finder = Finder(here, catalogue, every, sites or None)
     with finder:
         error = run_script(script, arguments, module=module)
     diagnosis = finder.finish(None if ended_well(error) else error)

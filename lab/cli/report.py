@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lab.runtime.run import Check, Outcome
 
 UNSEEN = "nothing recorded "
+NOTHING = "nothing of the kind happened"
+ABSENT = ("no ", "there is one process", "the model takes no ", "the model is told of no ", "the lab's own training ")
 COLOUR = {"healthy": "green", "faulty": "red", "inconclusive": "yellow"}
 
 
@@ -108,19 +110,29 @@ def _coverage(diagnosis: Diagnosis) -> RenderableType:
     lines.add_row("checked", text if good else Text("nothing", "green"))
     reasons = _grouped((_short(reason), id) for id, reason in diagnosis.not_checked.items())
     if reasons:
-        text = Text("; ", "dim").join(
-            Text.assemble((reason, "yellow"), (f" ({len(ids)})", "dim")) for reason, ids in reasons.items()
-        )
-        lines.add_row("not checked", text)
+        absent = sum(len(ids) for reason, ids in reasons.items() if _is_absent(reason))
+        said = [
+            Text.assemble((reason, "yellow"), (f" ({len(ids)})", "dim"))
+            for reason, ids in reasons.items()
+            if not _is_absent(reason)
+        ]
+        if absent:
+            said.append(Text.assemble(("there is nothing of the kind here", "yellow"), (f" ({absent})", "dim")))
+        lines.add_row("not checked", Text("; ", "dim").join(said))
     told = f"{len(good)} checks found nothing, {len(diagnosis.not_checked)} were not made: "
     lines.add_row("", Text(f"{told}lab diagnose RUN --all says each in words", "dim"))
     return lines
 
 
+def _is_absent(reason: str) -> bool:
+    """Whether it says only that this model or this training lacks what would be checked, and nothing to be done."""
+    return ";" not in reason and (reason.startswith(ABSENT) or reason == NOTHING)
+
+
 def _short(reason: str) -> str:
     """What the first probe says, without its name."""
     first = re.split(r"; (?=[\w-]+: )", reason)[0]
-    return "nothing of the kind happened" if first.startswith(UNSEEN) else re.sub(r"^[\w-]+: ", "", first)
+    return NOTHING if first.startswith(UNSEEN) else re.sub(r"^[\w-]+: ", "", first)
 
 
 def _grid() -> Table:

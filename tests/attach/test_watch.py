@@ -272,3 +272,19 @@ def test_what_is_found_is_warned_of_or_logged(tmp_path: Path, caplog: pytest.Log
     assert [record.name for record in caplog.records if "causality.future: " in record.getMessage()] == ["lab"]
     with pytest.raises(lab.BadInput, match="on_finding = 'warm'; a function, or one word; did you mean 'warn'"):
         broken_loop(tmp_path / "neither", "warm")
+
+
+def test_values_are_read_where_one_asks_and_experiments_are_as_they_were(tmp_path: Path) -> None:
+    watch = train(tmp_path / "run", sites=["encoder.layers.*.linear1", "head.**"], causal=False).watch
+    assert watch is not None
+    read = {site for metric in ("activation.rms", "gradient.site") for site in watch.run.history.sites(metric)}
+    assert read == {"encoder.layers.0.linear1.out", "encoder.layers.1.linear1.out", "head.out", "out"}
+    assert [cause.id for cause in watch.diagnosis.causes] == ["mask.future_leak"]
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    model = LanguageModel()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(lab.BadInput, match=r"no site and no module matches 'hed'; did you mean 'head'\?"):
+        lab.watch(model, optimizer, out=tmp_path / "run", sites=["hed"])
+    assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import lab
 from lab.cli import status_of
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -197,6 +198,18 @@ net(torch.randn(3, 4)).square().mean().backward()
 opt.step()
 dist.destroy_process_group()
 """
+
+
+@pytest.mark.parametrize(("pattern", "read"), [("drop", {"drop.out", "out"}), ("dorp", set())])
+def test_values_are_read_where_one_asks(tmp_path: Path, pattern: str, read: set[str]) -> None:
+    """A pattern that matches nothing shows when the model is found, and is no reason for the script to end."""
+    (tmp_path / "train.py").write_text(TRAINING.replace("TAIL", ""))
+    done = python(*EXEC, "--out", "run", "--sites", pattern, "train.py", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("no site and no module matches 'dorp'; did you mean 'drop'?" in done.stderr) == (not read)
+    assert (tmp_path / "run").exists() == bool(read)
+    if read:
+        assert set(lab.load(tmp_path / "run").history.sites("activation.rms")) == read
 
 
 def test_weights_that_are_cut_between_processes_are_let_alone(tmp_path: Path) -> None:
