@@ -15,11 +15,11 @@ DETACHED = Cause(
     id="loop.detached",
     title="The graph is cut: nothing before a place in the model gets a gradient",
     must=("backward.cut",),
-    module=True,
     repair="Pass the tensor itself on. These cut it off: .detach(), .data, .item(), .numpy(), torch.tensor(x). To "
     "freeze a part on purpose set requires_grad=False for its parameters, and leave them out of the optimiser.",
     refute="p.grad is not None for a parameter before the place named.",
-    look="What happens to the output of the module named, before the next one is given it.",
+    look="What happens to the output of the module named, before the next one is given it; or where the parameter "
+    "named is used.",
     source="PyTorch documentation: Tensor.detach; autograd mechanics, excluding subgraphs",
 )
 

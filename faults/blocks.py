@@ -46,6 +46,18 @@ COLLAPSED = Cause(
 )
 
 
+IGNORED = Cause(
+    id="model.layer_ignored",
+    title="What a layer gives out is not used",
+    must=("path.ignored",),
+    repair="Hand on what the layer before gave: for layer in self.layers: x = layer(x). A loop that calls each layer "
+    "with the same input, or does not assign what it returns, keeps the last one only.",
+    refute="The weights of the layer named have a gradient.",
+    look="What each layer is given in the loop over the layers, and the name to which its output is assigned.",
+    source="Atcold/NYU-DLSP20 issue 270; PyTorch documentation: ModuleList",
+)
+
+
 @fault(
     "model.layer_skipped",
     title="A layer passes its input on, and nothing in it is called",

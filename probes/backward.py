@@ -41,6 +41,8 @@ class Backward(Probe):
     def lab_start(self, run: Run) -> None:
         self._run = run
         self._sent: Tensor | None = None
+        self._passed = False  # whether a gradient came by the output, also one of a single number
+        self._was: dict[str, Tensor] = {}
         self._missing: list[str] = []
         self._all = False
         if run.sites.output:
@@ -48,8 +50,10 @@ class Backward(Probe):
 
     def _see(self, _site: Site, gradient: Tensor) -> None:
         step = self._run.step
-        if step.thorough and step.part == step.parts - 1 and gradient.dim():
-            self._sent = gradient.detach()  # until the examination, a moment later
+        if step.thorough and step.part == step.parts - 1:
+            self._passed = True
+            if gradient.dim():
+                self._sent = gradient.detach()  # until the examination, a moment later
 
     def lab_before_update(self, run: Run, step: Step) -> None:
         if not step.thorough:
@@ -61,12 +65,15 @@ class Backward(Probe):
 
     def lab_examine(self, run: Run, step: Step) -> None:
         sent, self._sent = self._sent, None
-        if step.batch is None or sent is None:
+        passed, self._passed = self._passed, False
+        if step.batch is None or not passed:
             return
         rows = step.batch.rows(ROWS)
         step.record("backward.looks", 1.0)
         if not self._all:
-            _ask(run, step, rows, self._missing)
+            _ask(run, step, rows, self._missing, self._was)
+        if sent is None:
+            return
         if run.history.last("arrival.share") == 0:
             _ended(run, step, rows, sent)
         _louder(run, step, rows, sent)
@@ -105,8 +112,12 @@ def _louder(run: Run, step: Step, rows: Batch, sent: Tensor) -> None:
         step.record_all("backward.lost", tuple(names), torch.stack(lost))
 
 
-def _ask(run: Run, step: Step, rows: Batch, missing: list[str]) -> None:
-    """Look for a cut above parameters that got no gradient: the output depends on them, and its derivative does not."""
+def _ask(run: Run, step: Step, rows: Batch, missing: list[str], was: dict[str, Tensor]) -> None:
+    """Look for a cut above parameters that got no gradient: the output depends on them, and its derivative does not.
+
+    Where what the module that owns one gives out does have a derivative, the parameter itself has left the graph. That
+    counts if it has not moved since the first look, `was`: somebody may update it without a gradient.
+    """
     if not missing:
         return
     run.model.eval()  # so that two calls agree
@@ -121,9 +132,13 @@ def _ask(run: Run, step: Step, rows: Batch, missing: list[str]) -> None:
     unreached = [name for name, gradient in zip(missing, found[: len(asked)], strict=True) if gradient is None]
     blind = {name for name, gradient in zip(traced, found[len(asked) :], strict=True) if gradient is None}
     for name in unreached[-TRIED:]:
+        p = run.parameters[name]
         place = _place(name, list(passed), set(traced), blind)
         if place:
-            step.record("backward.cut", _change(run, rows, run.parameters[name], out), place)
+            step.record("backward.cut", _change(run, rows, p, out), place)
+        elif f"{name.rpartition('.')[0]}.out".removeprefix(".") in traced.keys() - blind:
+            stayed = (was.setdefault(name, p.detach().clone()) == p).all()
+            step.record("backward.cut", _change(run, rows, p, out) * stayed, name)
 
 
 def _place(parameter: str, order: list[str], traced: set[str], blind: set[str]) -> str:
@@ -171,13 +186,17 @@ def backward_cut(history: History) -> Iterator[Symptom]:
     for place, series in history.each("backward.cut"):
         looks, changed = np.unique(series.steps[series.values > NOISE]), float(np.nanmax(series.values))
         if len(looks) >= LOOKS:
+            at = place.removesuffix(".out")
+            what = f"no gradient passes {place}: what is before it gets none"
+            if at == place:
+                what = f"{at} gets no gradient"
             yield Symptom(
-                at=place,
+                at=at,
                 since=int(looks[0]),
                 seen=changed,
                 expected="a gradient",
-                text=f"no gradient passes {place}: what is before it gets none, though the output changes by "
-                f"{changed:.2g} of its largest value when a weight there does",
+                text=f"{what}, though the output changes by {changed:.2g} of its largest value when a weight there "
+                "does",
             )
 
 

@@ -36,8 +36,9 @@ class Blocks(Probe):
 
     A block is a member of a list of modules, and holds at least two norms beside its matrices. Records
     ``path.skipped`` (1: no weight of the block has a gradient, and nothing in it is called, while other blocks of the
-    list are), ``path.unheard`` (1: a norm in a block is called, the model's output does not depend on what it gives
-    out, and it has no gradient in training), and ``stream.apart``: the largest distance between an element at the
+    list are), ``path.ignored`` (1: a block is called, the model's output does not depend on what it gives out, nothing
+    in it has a gradient in training, and a block behind it has), ``path.unheard`` (1: so with a norm in a block on
+    whose output the model's depends), and ``stream.apart``: the largest distance between an element at the
     first position and at any other, of what a block gives out, over the largest element; with ``stream.alike`` (1: that
     is 0 but for rounding, and of what the block is given it is not).
     """
@@ -59,7 +60,7 @@ class Blocks(Probe):
         run.model.eval()
         with torch.enable_grad(), calls:
             answer = run.call(step.batch.rows(ROWS))
-            unheard = self._unheard(answer, calls.norms) if self._graded[0] == step.index else {}
+            unheard = self._unheard(answer, calls.added) if self._graded[0] == step.index else {}
         if calls.apart:
             sites = tuple(calls.apart)
             given, out = (torch.stack(values) for values in zip(*calls.apart.values(), strict=True))
@@ -69,8 +70,19 @@ class Blocks(Probe):
         if self._graded[0] == step.index and self._graded[1]:
             for names in self._lists:
                 self._skipped(run, step, names, calls.called)
-            for name, alone in unheard.items():
-                step.record("path.unheard", float(alone), name)
+                self._ignored(step, names, unheard)
+            blocks = {name for names in self._lists for name in names}
+            for name in unheard.keys() - blocks:
+                # What is inside a block that nobody hears only follows.
+                around = any(unheard.get(block) for block in blocks if name.startswith(f"{block}."))
+                step.record("path.unheard", float(unheard[name] and not around), name)
+
+    def _ignored(self, step: Step, names: list[str], unheard: dict[str, bool]) -> None:
+        """Of blocks that are called; behind the last that is heard there may be more on purpose, for a later layer."""
+        called = [name for name in names if name in unheard]
+        heard = [name for name in called if not unheard[name]]
+        for place, name in enumerate(called):
+            step.record("path.ignored", float(unheard[name] and any(each in heard for each in called[place:])), name)
 
     def _skipped(self, run: Run, step: Step, names: list[str], called: set[str]) -> None:
         graded = self._graded[1]
@@ -88,7 +100,10 @@ class Blocks(Probe):
             step.record("path.skipped", float(name in idle and len(used) >= len(idle)), name)
 
     def _unheard(self, answer: Tensor, norms: dict[str, Tensor]) -> dict[str, bool]:
-        """Whether the answer depends on a norm neither here nor in training. The graph may be made again on the way."""
+        """Whether the answer depends on a norm or block neither here nor in training.
+
+        The graph may be made again on the way.
+        """
         if not norms or not answer.requires_grad:
             return {}
         ways = torch.cos(torch.arange(answer.numel(), device=answer.device)).view(answer.shape)
@@ -113,13 +128,13 @@ def _is_block(module: nn.Module) -> bool:
 
 
 class _Calls:
-    """While in the block, notes which modules of the blocks are called, and adds a 0 to what each norm gives out."""
+    """While in the block, notes which modules of the blocks are called; adds a 0 to what each norm and block gives."""
 
     def __init__(self, model: nn.Module, blocks: set[str]) -> None:
         self.model, self.blocks = model, blocks
         self.called: set[str] = set()
         self.apart: dict[str, tuple[Tensor, Tensor]] = {}
-        self.norms: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -134,22 +149,28 @@ class _Calls:
         for handle in self._handles:
             handle.remove()
 
-    def _note(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, _args: object, output: object) -> Tensor | None:
+    def _note(self, name: str) -> Callable[..., object]:
+        def hook(module: nn.Module, _args: object, output: object) -> object:
             self.called.add(name)
             # Without a graph, as in a block that is checkpointed the older way, it cannot be told what is used.
-            if not NORMED.search(type(module).__name__) or not torch.is_grad_enabled():
+            if not (name in self.blocks or NORMED.search(type(module).__name__)) or not torch.is_grad_enabled():
                 return None
-            if not torch.is_tensor(output) or not output.is_floating_point():
-                return None
-            if name in self.norms:  # called again, as on the way back through what is checkpointed
-                known = self.norms[name]
-                return output + known if known.shape == output.shape else None
-            # Added, not put in its place: what came before has to reach the output through norms on the stream.
-            self.norms[name] = nothing = torch.zeros_like(output, requires_grad=True)
-            return output + nothing
+            if type(output) is tuple and output:
+                first = self._added(name, output[0])
+                return None if first is None else (first, *output[1:])
+            return self._added(name, output)
 
         return hook
+
+    def _added(self, name: str, output: object) -> Tensor | None:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return None
+        if name in self.added:  # called again, as on the way back through what is checkpointed
+            known = self.added[name]
+            return output + known if known.shape == output.shape else None
+        # Added, not put in its place: what came before has to reach the output through norms on the stream.
+        self.added[name] = nothing = torch.zeros_like(output, requires_grad=True)
+        return output + nothing
 
 
 def _compare(apart: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[..., None]:
@@ -197,6 +218,28 @@ def path_skipped(history: History) -> Iterator[Symptom]:
     for name in history.sites("path.skipped"):
         if (step := _since(history, "path.skipped", name)) is not None:
             text = f"nothing in {name} is called, and none of its weights has a gradient, from step {step}"
+            yield Symptom(at=name, since=step, seen=1.0, expected="0", text=text)
+
+
+@rule(
+    "path.ignored",
+    title="What a block gives out is used",
+    reads=("path.ignored",),
+    basis="experiment",
+    phase="forward",
+)
+def path_ignored(history: History) -> Iterator[Symptom]:
+    """A block is called, nothing depends on what it gives out, and a block of the same list behind it is heard.
+
+    In three looks, in evaluation and, as no gradient shows, in training. What stands behind the last block that is
+    heard may be meant: a model whose last layers are left out, or which gives out what a layer before gave.
+    """
+    _enough(history, "path.ignored")
+    if any(np.any(series.finite.values > CUT) for _, series in history.each("backward.cut")):
+        raise NotChecked("the graph is cut: what the output depends on cannot be told by derivatives")
+    for name in history.sites("path.ignored"):
+        if (step := _since(history, "path.ignored", name)) is not None:
+            text = f"{name} is called, and nothing depends on what it gives out, from step {step}"
             yield Symptom(at=name, since=step, seen=1.0, expected="0", text=text)
 
 

@@ -72,6 +72,7 @@ class Net(nn.Module):
         super().__init__()
         self.how = how
         self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.shift = nn.Parameter(torch.randn(16))
         self.unused = nn.Linear(16, 3)  # as the pooler of an encoder that is given another head
         self.calls = 0
 
@@ -88,6 +89,10 @@ class Net(nn.Module):
             h = h + self.second(h).relu()
         if self.how == "stopped beside":
             h = h + self.first(x).detach()
+        if self.how in ("data", "moved"):
+            h = h + self.shift.data
+        if self.how == "moved":
+            self.shift.data.mul_(0.9)  # somebody keeps an average in it, or another such state
         out: torch.Tensor = self.head(h)
         return out
 
@@ -107,7 +112,7 @@ def train(folder: Path, how: str, scale: float = 1.0, kind: torch.dtype = torch.
     return watch.diagnosis
 
 
-@pytest.mark.parametrize("how", ["plain", "frozen", "no_grad", "layer drop", "stopped beside"])
+@pytest.mark.parametrize("how", ["plain", "frozen", "no_grad", "layer drop", "stopped beside", "moved"])
 def test_what_gets_no_gradient_on_purpose_is_silent(tmp_path: Path, how: str) -> None:
     diagnosis = train(tmp_path / "run", how)
     assert set(RULES) <= set(diagnosis.checked)
@@ -117,6 +122,32 @@ def test_what_gets_no_gradient_on_purpose_is_silent(tmp_path: Path, how: str) ->
 def test_a_cut_in_anybodys_model_is_named(tmp_path: Path) -> None:
     diagnosis = train(tmp_path / "run", "detached")
     assert [(c.id, c.at) for c in diagnosis.causes] == [("loop.detached", "first")]
+
+
+def test_a_parameter_that_left_the_graph_is_named(tmp_path: Path) -> None:
+    diagnosis = train(tmp_path / "run", "data")
+    assert [(c.id, c.at, c.since_step) for c in diagnosis.causes] == [("loop.detached", "shift", 0)]
+
+
+def test_a_cut_in_a_model_that_answers_with_its_loss(tmp_path: Path) -> None:
+    class Loss(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.net = Net(how)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.net(x), x[:, :5].argmax(-1))
+
+    torch.manual_seed(0)
+    for how, at in (("plain", []), ("detached", ["net.first"])):
+        model = Loss(how)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        with lab.watch(model, optimizer, out=tmp_path / how) as watch:
+            for _ in range(34):
+                optimizer.zero_grad()
+                model(torch.randn(32, 6)).backward()
+                optimizer.step()
+        assert [c.at for c in watch.diagnosis.causes if c.id == "loop.detached"] == at
 
 
 @pytest.mark.parametrize(

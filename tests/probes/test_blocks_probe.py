@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from conftest import SmallRun
 
-RULES = {"path.skipped", "path.unheard", "stream.collapsed"}
+RULES = {"path.skipped", "path.ignored", "path.unheard", "stream.collapsed"}
 
 
 def named(diagnosis: lab.Diagnosis) -> list[tuple[str, str]]:
@@ -63,12 +63,18 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Part(way == "forgets" and i == 1) for i in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = x
+        self.aside = torch.zeros(())
         for i, layer in enumerate(self.layers):
             if (self.way == "skips" and i == 2) or (self.way == "chooses" and i != 1):
                 continue
             if self.way == "drops" and self.training and torch.rand(()) < 0.5:
                 continue
-            x = layer(x)
+            if self.way == "earlier" and i == 2:
+                layer(x)  # what the layer before gives is what is wanted
+                continue
+            x = layer(given if self.way in ("beside", "aside") else x)
+            self.aside = self.aside + x.square().mean()
         out: torch.Tensor = self.head(x)
         return out[:, :1].expand_as(out) if self.way == "first" else out
 
@@ -81,6 +87,9 @@ class Model(nn.Module):
         ("chooses", []),  # one of several
         ("first", []),  # after the blocks
         ("frozen", []),
+        ("earlier", []),
+        ("aside", []),  # each with a loss of its own, in training
+        ("beside", [("path.ignored", "layers.0"), ("path.ignored", "layers.1")]),
         ("skips", [("path.skipped", "layers.2")]),
         ("forgets", [("path.unheard", "layers.1.norm")]),
     ],
@@ -95,7 +104,8 @@ def test_foreign_blocks(tmp_path: Path, way: str, expected: list[tuple[str, str]
         for _ in range(21):
             x = torch.randn(4, 5, 8)
             optimizer.zero_grad()
-            (model(x) * x).mean().backward()
+            loss = (model(x) * x).mean()
+            (loss + model.aside if way == "aside" else loss).backward()
             optimizer.step()
     assert named(watching.diagnosis) == expected
 
@@ -110,7 +120,7 @@ def test_foreign_blocks(tmp_path: Path, way: str, expected: list[tuple[str, str]
     ],
 )
 def test_three_looks_are_needed(alike: list[float], expected: list[int]) -> None:
-    for metric in ("stream.alike", "path.skipped", "path.unheard"):
+    for metric in ("stream.alike", "path.skipped", "path.ignored", "path.unheard"):
         history = lab.History()
         for i, value in enumerate(alike):
             history.add(i * 10, Row(((metric, "b"),), np.array([value])))
