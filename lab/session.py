@@ -117,7 +117,10 @@ class Session:
     def finish(self, *, ended: bool = True) -> Diagnosis:
         """Take a last look, diagnose, and tell everyone."""
         run = self.run
-        if ended and run.history.last_step >= 0:
+        if ended and run.history.last_step < 0:
+            self._flush(run.step)  # what was noted although no step ever ended
+            self.fact("unseen", "no update was made")
+        elif ended:
             self._flush(run.step)  # what was recorded after the last step, as by generation
             if not run.step.examined or self._look_again:
                 run.step.thorough = True

@@ -50,6 +50,8 @@ def _unseen(history: History) -> str:
     """Say what part of the run was not seen; empty when it ended."""
     if "ended" in history.facts:
         return ""
+    if "unseen" in history.facts:
+        return history.facts["unseen"]
     planned = history.facts.get("steps")
     of = f" of {planned}" if planned else ""
     return f"it stopped before its end; {history.last_step + 1}{of} steps were seen"

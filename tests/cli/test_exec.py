@@ -33,6 +33,7 @@ MISTAKES = {
     "merge_heads": ("attention.wrong_merge", "layers.0.attention"),
     "mse_broadcast": ("loss.broadcast", "loss"),
     "new_head": ("optimizer.missing_parameter", "head.weight"),
+    "no_step": ("loop.no_step", "loop"),
     "normal_init": ("init.too_large", "body.layers.0.self_attn"),
     "padding_counted": ("targets.padding_counted", "targets"),
     "padding_mask": ("mask.padding_inverted", "encoder.layers.0.self_attn"),

@@ -39,6 +39,77 @@ def watched(folder: Path, step: Callable[[nn.Module, Any, Tensor], None], out: i
 # ---------------------------------------------------------------- in vain
 
 
+def forgotten(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    loss_of(model, x).backward()  # type: ignore[no-untyped-call]
+    optimizer.zero_grad()
+
+
+def by_hand(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    optimizer.zero_grad()
+    loss_of(model, x).backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for p in model.parameters():
+            assert p.grad is not None
+            p.sub_(0.01 * p.grad)
+
+
+def only_looked_at(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    """What a gradient is, without an update: the model's gradients are cleared, not the optimiser's."""
+    model.zero_grad()
+    loss_of(model, x).backward()  # type: ignore[no-untyped-call]
+
+
+def without_a_pass(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    optimizer.zero_grad()
+    loss_of(model, x)
+
+
+def test_a_step_that_is_never_taken_is_told(tmp_path: Path) -> None:
+    diagnosis = watched(tmp_path / "run", forgotten)
+    assert diagnosis.verdict == "faulty"
+    assert [(cause.id, cause.at, cause.since_step) for cause in diagnosis.causes] == [("loop.no_step", "loop", 0)]
+    assert diagnosis.unexplained == ()
+
+
+@pytest.mark.parametrize("step", [by_hand, only_looked_at, without_a_pass])
+def test_loops_that_take_no_step_of_the_optimiser_are_not_judged(tmp_path: Path, step: Any) -> None:
+    diagnosis = watched(tmp_path / "run", step)
+    assert diagnosis.symptoms == ()
+    assert diagnosis.verdict == "inconclusive"
+    assert diagnosis.not_checked["the rest of the run"] == "no update was made"
+
+
+def test_a_step_after_many_passes_is_silent(tmp_path: Path) -> None:
+    """An optimiser with a closure clears within its step; another loop begins with passes for something else."""
+
+    def closed(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+        def again() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, x)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(again)
+
+    torch.manual_seed(0)
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=14)
+    with lab.watch(model, optimizer, out=tmp_path / "closed") as watching:
+        for _ in range(3):
+            closed(model, optimizer, torch.randn(64, 6))
+    assert watching.diagnosis.causes == ()
+    model = net()
+    adam = torch.optim.AdamW(model.parameters())
+    with lab.watch(model, adam, out=tmp_path / "late") as watching:
+        for number in range(40):
+            forgotten(model, adam, torch.randn(16, 6))
+            if number > 15:
+                loss_of(model, torch.randn(16, 6)).backward()  # type: ignore[no-untyped-call]
+                adam.step()
+                adam.zero_grad()
+    assert "loop.no_step" not in [cause.id for cause in watching.diagnosis.causes]
+
+
 @pytest.mark.parametrize("clear", ["optimizer", "model", "zeros", "none"])
 def test_parts_that_are_cleared_are_told(tmp_path: Path, clear: str) -> None:
     def step(model: nn.Module, optimizer: Any, x: Tensor) -> None:
