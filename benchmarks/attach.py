@@ -3,6 +3,7 @@
     pip install transformers wandb
     python benchmarks/attach.py                  # both sizes
     python benchmarks/attach.py --steps 60       # quicker, noisier
+    python benchmarks/attach.py --steps 1000 --tool "lab exec"    # what a longer training pays in all
 
 Each tool watches a model of its own, from the same seed; all are trained in one process, a step of each in turn.
 Printed are ratios to the steps of a model that nobody watches. `every step`: the median over steps; `all steps`: the
@@ -148,12 +149,12 @@ TOOLS: dict[str, Tool] = {
 }
 
 
-def measure(size: str, steps: int) -> dict[str, list[float]]:
+def measure(size: str, steps: int, tools: dict[str, Tool]) -> dict[str, list[float]]:
     """Return the seconds of each step, by tool."""
-    seconds: dict[str, list[float]] = {name: [] for name in TOOLS}
+    seconds: dict[str, list[float]] = {name: [] for name in tools}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         watched = {}
-        for i, (name, tool) in enumerate(TOOLS.items()):
+        for i, (name, tool) in enumerate(tools.items()):
             model, optimizer = make(size)
             place = Path(folder) / str(i)
             place.mkdir()
@@ -179,9 +180,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--size", choices=SIZES, action="append")
+    parser.add_argument("--tool", choices=[name for name in TOOLS if name != "nobody"], action="append")
     given = parser.parse_args()
+    tools = {name: tool for name, tool in TOOLS.items() if not given.tool or name in ("nobody", *given.tool)}
     for size in given.size or SIZES:
-        seconds = measure(size, given.steps)
+        seconds = measure(size, given.steps, tools)
         plain = seconds["nobody"]
         print(f"\nGPT-2 of transformers, {size}, {BATCH} x {CONTEXT} tokens, {given.steps} steps")
         print(f"{'':36}{'every step':>12}{'all steps':>12}")

@@ -382,6 +382,7 @@ class Watch:
 
     def _updated(self) -> None:
         step = self.run.step
+        self._functions.turn(on=False)  # experiments would pass through it, operator by operator
         with self._looking():
             self._session.end_step(step)
         self._last = step
