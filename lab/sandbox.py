@@ -25,8 +25,10 @@ def sandbox(model: nn.Module, sites: Sites) -> Iterator[None]:
     """Put back, at the end, weights, buffers, modes, gradients, attributes and random state exactly as they were.
 
     Of what modules keep beside tensors (a counter, a cache) that is each attribute, and what lists, dicts and sets
-    hold. Inside, gradients start from None, and the taps of probes that watch stay silent. Costs one copy of weights
-    and buffers, which is made after the backward pass has freed the activations.
+    hold. Inside, gradients start from None, and the taps of probes that watch stay silent. PyTorch's own transformer
+    layers compute as they do in training: in evaluation they would pass through one operator, in which nothing inside
+    is seen, and hand on tensors of a kind of their own. Costs one copy of weights and buffers, which is made after the
+    backward pass has freed the activations.
     """
     modes = [(module, module.training) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers()]
@@ -34,12 +36,15 @@ def sandbox(model: nn.Module, sites: Sites) -> Iterator[None]:
     gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     attributes = [(module, _attributes(module)) for module in model.modules()]
     state = _random_state()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     for p, _, _ in gradients:
         p.grad = None
     try:
         with sites.running("examine"):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, kept_attributes in attributes:
             _put_back_attributes(module, kept_attributes)
         for module, training in modes:

@@ -78,3 +78,17 @@ def test_what_hangs_in_modules_for_the_lab_stays() -> None:
         model(torch.randn(2, 4))
     assert first.keys() == second.keys()
     assert first
+
+
+def test_layers_of_pytorch_compute_as_in_training() -> None:
+    """In evaluation they would skip the modules inside, and give out a nested tensor where rows are padded."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1)
+    inside: list[str] = []
+    encoder.layers[0].linear1.register_forward_hook(lambda *_: inside.append("linear1"))
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with sandbox(encoder, Sites()), torch.no_grad():
+        encoder.eval()
+        assert not encoder(x, src_key_padding_mask=padding).is_nested
+        assert inside == ["linear1"]
+    assert torch.backends.mha.get_fastpath_enabled()
