@@ -7,11 +7,15 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from lab.blame import Blame, of_gradients, of_processes, of_update
+from lab.errors import BadInput
 from lab.files import METRICS
 from lab.points import INSIDE, compared, merged, points, way, weights_of
+from lab.processes import RANK
+from lab.results import load
 from lab.stages import PARTS
 from lab.tolerance import Noise, Tolerance
-from lab.where import after, beside, found_by, module_of, where
+from lab.where import after, beside, found_by, is_everywhere, module_of, where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,10 +23,9 @@ if TYPE_CHECKING:
 
     from lab.points import Point
     from lab.results import Results
-    from lab.stages import Part
+    from lab.stages import Part, Stage
     from lab.store import History
 
-RANK = "rank-"  # begins the name of the folder that another of several processes has
 SETTINGS = ("seed", "steps", "model", "data", "train", "fault")  # of a scenario, what a run depends on
 
 
@@ -88,6 +91,7 @@ class Difference:
     coarser: tuple[str, float, float] | None = None
     tolerance: float | None = None
     measured: bool = True
+    blame: Blame | None = None
 
     @property
     def count(self) -> int:
@@ -101,6 +105,7 @@ class Difference:
             "first": None if self.first is None else vars(self.first),
             "place": None if self.place is None else vars(self.place),
             "where": self.where,
+            "blame": None if self.blame is None else vars(self.blame),
             "after": self.after,
             "before": [vars(agreed) for agreed in self.before],
             "earlier": [vars(agreed) for agreed in self.earlier],
@@ -114,6 +119,46 @@ class Difference:
             "tolerance": self.tolerance,
             "measured": self.measured,
         }
+
+
+def _blame(
+    first: Point,
+    place: str,
+    siblings: Sequence[Point],
+    steps: Sequence[Sequence[Point]],
+    weights: set[str],
+    known: dict[str, Stage],
+) -> Blame | None:
+    """What the loop did, where the first that differs is gradients, or weights after the update, all over the model."""
+    here = steps[-1]
+    if first.part == "held" and is_everywhere(siblings):
+        return Blame(place, "held")
+    if first.part == "update" and is_everywhere(siblings):
+        return of_update(here, weights)
+    if first.part != "gradient":
+        return None
+    before = steps[0] if len(steps) > 1 and steps[0][0].step == first.step - 1 else ()
+    signed = {metric for metric, stage in known.items() if stage.kind == "signed"}
+    return of_gradients(place, here, before, weights, signed)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What two run folders were found to hold.
+
+    Attributes:
+        found: How they differ; of several processes, that of the earliest and most upstream difference.
+        process: In which process that was.
+        of: How many were compared.
+    """
+
+    found: Difference
+    process: int
+    of: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give this as JSON types."""
+        return {**self.found.to_dict(), "process": self.process}
 
 
 def compare(a: Results, b: Results, tolerance: float | None = None) -> Difference:
@@ -133,21 +178,25 @@ def compare(a: Results, b: Results, tolerance: float | None = None) -> Differenc
     first = next((point for point in here if point.differs), None)
     before = here[: here.index(first)] if first is not None else here
     later = (point for found in steps[last:] for point in found)
-    siblings = beside(first, here, weights_of(a.history) | weights_of(b.history))
+    weights = weights_of(a.history) | weights_of(b.history)
+    siblings = beside(first, here, weights)
     only = _only(a.history, b.history, order)
     coarser = noise.coarser(sorted(order, key=lambda site: order[site]))
-    place = ""
+    place, blame = "", None
     if first is not None:
         found_out = first.part == "experiment"
         alone = found_by((a.history, b.history), first.allowed, order) if found_out else [*only[0], *only[1]]
-        place = where(first, here, siblings, alone, order)
+        known = compared(a.history, b.history)
+        place = where(first, here, siblings, alone, order, known[first.metric].about)
+        blame = _blame(first, place, siblings, steps[max(0, last - 1) : last + 1], weights, known)
     elif coarser is not None:
         place = module_of(coarser[0])
     return Difference(
         first=first,
         place=next((point for point in later if point.differs and point.inside), None),
         after=after(first, before),
-        where=place,
+        where=place if blame is None else blame.where,
+        blame=blame,
         before=_agreed(before),
         earlier=_agreed([point for found in steps[:last] for point in found]),
         beside=(sum(point.differs for point in siblings), len(siblings)),
@@ -162,15 +211,56 @@ def compare(a: Results, b: Results, tolerance: float | None = None) -> Differenc
     )
 
 
+def compare_folders(a: Path, b: Path, tolerance: float | None = None) -> Compared:
+    """Compare what two run folders hold, of each process by itself; see `compare`.
+
+    Raises:
+        BadInput: One of them is no run, or no probe that takes part recorded it; or there is nothing that both hold.
+    """
+    pairs = list(zip(processes(a), processes(b), strict=False))
+    found = [compare(_read(mine), _read(others), tolerance) for mine, others in pairs]
+    if not any(each.count or each.first for each in found):
+        raise BadInput(f"{a}, {b}: the two runs recorded nothing that can be compared")
+    which = upstream(found)
+    return Compared(_together(found, which), which, len(found))
+
+
+def _together(found: Sequence[Difference], which: int) -> Difference:
+    """The difference of one of several processes, and what all of them together tell of it."""
+    chosen = found[which]
+    if len(found) == 1 or chosen.first is None:
+        return chosen
+    until = _when(chosen)
+    blame = of_processes(chosen.first, chosen.where, chosen.blame, [_when(each) > until for each in found])
+    return chosen if blame is None else replace(chosen, blame=blame, where=blame.where)
+
+
+def _when(found: Difference) -> tuple[float, int]:
+    """The step, and the part of it, in which two runs part."""
+    return (math.inf, 0) if found.first is None else (found.first.step, list(PARTS).index(found.first.part))
+
+
+def _read(folder: Path) -> Results:
+    """Read a run that can be compared.
+
+    Raises:
+        BadInput: It cannot.
+    """
+    run = load(folder)
+    if not run.history.stages:
+        raise BadInput(f"{folder}: recorded by no probe that takes part in a comparison, or by an older lab")
+    return run
+
+
 def processes(folder: Path) -> list[Path]:
     """The folders of a run as each of its processes saw it; of one process, that of the run alone."""
-    return [folder, *sorted(path.parent for path in folder.glob(f"{RANK}*/{METRICS}"))]
+    others = [path.parent for path in folder.glob(f"{RANK}*/{METRICS}")]
+    return [folder, *sorted(others, key=lambda path: (len(path.name), path.name))]
 
 
 def upstream(found: Sequence[Difference]) -> int:
     """Which of several is that of the earliest and most upstream difference; the first if none differs."""
-    ranks = {part: rank for rank, part in enumerate(PARTS)}
-    when = [(d.first.step, ranks[d.first.part]) if d.first is not None else (math.inf, 0) for d in found]
+    when = [_when(each) for each in found]
     return when.index(min(when))
 
 

@@ -75,6 +75,10 @@ def _parting(found: Difference, first: Point) -> str:
 def _reason(found: Difference, first: Point) -> str:
     """Say what the first difference points to, beyond the place that it is at."""
     differ, count = found.beside
+    if found.blame is not None:
+        number = found.blame.number
+        why = "unlike" if found.blame.why == "exchanged" and number is None else found.blame.why
+        return _BLAMED[why].format(factor=number)
     if found.where in _REASONS and not (first.inside and found.where == first.at):
         return _REASONS[found.where].format(count=count)
     if first.part == "value" and found.where in (site.removesuffix(".out") for site in found.only[0] + found.only[1]):
@@ -82,7 +86,8 @@ def _reason(found: Difference, first: Point) -> str:
     if found.where != "" and first.part == "experiment":
         return f"Experiments that looked inside found it in {found.where}."
     if found.after:
-        return f"It comes after {found.after}, which agrees; of the {count} such numbers in this step {differ} differ."
+        told = f"It comes after {found.after}, which agrees: what makes them differ lies between the two."
+        return f"{told} Of the {count} such numbers in this step {differ} differ."
     return f"Of the {count} such numbers in this step {differ} differ." if count > 1 else ""
 
 
@@ -94,6 +99,22 @@ _REASONS = {
     "gradients": "Gradients differ all over the model, and all before them agrees: look at what is added to them.",
     "clipping": "The gradients agree until they are clipped.",
     "optimizer": "Weights differ all over the model after the update, and nothing that went into it does.",
+}
+
+# What a loop has done, by the name that `lab.blame` gives it.
+_BLAMED = {
+    "kept": "They are those of this step and of the step before together, in every weight: gradients were not cleared.",
+    "gone": "One of the runs has none when the update comes: they were cleared after the backward pass, or it was not "
+    "made.",
+    "still": "In one of the runs no weight is changed by the update: it was not made.",
+    "scaled": "Those of all weights in the first run are {factor:.6g} times those in the second.",
+    "unscaled": "Those of all weights in the first run are {factor:.6g} times those in the second, as by a scale of "
+    "the loss, and so they still were when they were clipped.",
+    "exchanged": "The losses of all processes agree, and of the gradients that they exchange those of the first run "
+    "are {factor:.6g} times those of the second.",
+    "unlike": "The losses of all processes agree, and the gradients that they exchange do not.",
+    "held": "In one of the runs the optimiser holds other tensors than the weights of the model.",
+    "apart": "In another process they agree: what the processes should have alike was changed in some of them.",
 }
 
 

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 INSIDE: tuple[Part, ...] = ("weight", "value", "gradient")  # what a model is made of
 BESIDE = {"parts", "rounding", "drift"}  # kinds of metrics that are not compared themselves
 ALWAYS: tuple[Part, ...] = ("value", "gradient")  # in which what one run has and the other lacks is a difference
-PLACES: tuple[Part, ...] = (*INSIDE, "update", "evaluation", "experiment")  # of which a number may have a place in it
+PLACES: tuple[Part, ...] = (
+    *INSIDE,
+    "held",
+    "update",
+    "evaluation",
+    "experiment",
+)  # of which a number may have a place in it
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ Part = Literal[
     "weight",
     "random",
     "mode",
+    "held",
     "rate",
     "batch",
     "value",
+    "beside",
     "loss",
     "gradient",
     "norm",
@@ -31,9 +33,11 @@ PARTS: dict[Part, str] = {
     "weight": "weights before the step",
     "random": "random state",
     "mode": "training mode",
+    "held": "weights that the optimiser holds",
     "rate": "learning rate",
     "batch": "batch",
     "value": "value",
+    "beside": "what the loss is given beside",
     "loss": "loss",
     "gradient": "gradient",
     "norm": "gradient norm before clipping",
@@ -43,6 +47,7 @@ PARTS: dict[Part, str] = {
     "experiment": "experiments",
 }
 Kind = Literal["number", "signed", "share", "exact", "newest", "parts", "rounding", "drift"]
+NONE = "-"  # stands in a run folder for what a stage does not say
 
 
 @dataclass(frozen=True)
@@ -58,21 +63,24 @@ class Stage:
             is not compared, but says how far, relatively, rounding alone moves what this part records at that site;
             ``drift``: how far it does so after an update.
         size: Of a ``signed`` metric, the metric that gives its size at the same site and step.
+        about: The place to look at where it differs and has no site, such as ``cache``; by default, what its part is
+            called.
     """
 
     part: Part
     kind: Kind = "number"
     size: str = ""
+    about: str = ""
 
     @property
     def text(self) -> str:
         """What a run folder keeps."""
-        return f"{self.part} {self.kind} {self.size}".strip()
+        return f"{self.part} {self.kind} {self.size or NONE} {self.about}".removesuffix(" ").removesuffix(f" {NONE}")
 
     @classmethod
     def read(cls, text: str) -> Stage | None:
         """Read that back; None if a later version wrote it, and it means nothing here."""
-        part, kind, size, *_ = [*text.split(), "", "", ""]
+        part, kind, size, about, *_ = [*text.split(), "", "", "", ""]
         if part not in PARTS or kind not in get_args(Kind):
             return None
-        return cls(part, kind, size)  # type: ignore[arg-type]  # both were just looked up
+        return cls(part, kind, "" if size == NONE else size, about)  # type: ignore[arg-type]  # both were just looked up

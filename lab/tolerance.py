@@ -37,7 +37,13 @@ LOST = 0.5  # where rounding may have moved a number by half of itself, it tells
 ALONE = "alone"  # the site at which a run says how far its loss is rounded, where what it is given is not
 BACKWARD: tuple[Part, ...] = ("gradient", "norm", "clip")
 # What is made of what: where a part has no measurement of its own, it is that of another.
-SAME: dict[Part, Part] = {"update": "weight", "evaluation": "value", "experiment": "value", "clip": "norm"}
+SAME: dict[Part, Part] = {
+    "update": "weight",
+    "beside": "value",
+    "evaluation": "value",
+    "experiment": "value",
+    "clip": "norm",
+}
 
 
 class Noise:

@@ -20,9 +20,11 @@ LOOP: dict[Part, str] = {
     "weight": "model",
     "random": "random numbers",
     "mode": "loop",
+    "held": "optimizer",
     "rate": "schedule",
     "batch": "data",
     "value": "model",
+    "beside": "loss",
     "loss": "loss",
     "gradient": "gradients",
     "norm": "gradients",
@@ -42,7 +44,12 @@ def beside(first: Point | None, here: Sequence[Point], weights: set[str]) -> lis
 
 
 def where(
-    first: Point, here: Sequence[Point], siblings: Sequence[Point], alone: Sequence[str], order: dict[str, int]
+    first: Point,
+    here: Sequence[Point],
+    siblings: Sequence[Point],
+    alone: Sequence[str],
+    order: dict[str, int],
+    about: str = "",
 ) -> str:
     """Say which place to look at.
 
@@ -52,28 +59,40 @@ def where(
         siblings: Those of one kind with it.
         alone: The places that only one of the runs has.
         order: Of the sites in the forward pass.
+        about: What the first number is about, where it has no site.
     """
     if not first.inside:
-        return _outside(first, here, alone)
-    everywhere = len({_stem(point.at) for point in siblings if point.differs}) >= SPREAD
+        return _outside(first, here, alone, about)
+    everywhere = is_everywhere(siblings)
     if first.part == "gradient" and _is_output(first, here, order):
-        return LOOP["loss"]  # it is what the loss sends
+        # It is what the loss sends. Were that another, so would all be that goes back from there.
+        rest = [point for point in here if point.part == "gradient" and point.at != first.at]
+        return LOOP["loss"] if not rest or any(point.differs for point in rest) else module_of(first.at)
     # What differs all over the model at once is made by no place in it. A gradient that goes back from one place
     # reaches all before it, and agrees until there.
-    if everywhere and (first.part in ("weight", "update") or (first.part == "gradient" and siblings[0].at == first.at)):
+    if everywhere and (
+        first.part in ("weight", "held", "update") or (first.part == "gradient" and siblings[0].at == first.at)
+    ):
         return LOOP[first.part]
     if first.part == "value":
         return module_of(_between(first, siblings, alone, order))
     return module_of(alone[0] if len(alone) == 1 else first.at)  # a weight, or a site, that only one of the models has
 
 
-def _outside(first: Point, here: Sequence[Point], alone: Sequence[str]) -> str:
+def is_everywhere(siblings: Sequence[Point]) -> bool:
+    """Whether numbers of one kind differ all over the model."""
+    return len({_stem(point.at) for point in siblings if point.differs}) >= SPREAD
+
+
+def _outside(first: Point, here: Sequence[Point], alone: Sequence[str], about: str) -> str:
     """The part of the loop that makes what has no place in the model."""
     if first.part == "norm" and any(point.part == "gradient" for point in here):
         return LOOP["clip"]  # of gradients that agree
     if first.part == "experiment" and alone:
         return module_of(alone[0])  # looked into in the one run in which it was found
-    return first.at if first.at == TARGETS else LOOP[first.part]
+    if first.part == "beside" or first.at == TARGETS:
+        return first.at or LOOP[first.part]
+    return about or LOOP[first.part]
 
 
 def _is_output(first: Point, here: Sequence[Point], order: dict[str, int]) -> bool:

@@ -35,6 +35,7 @@ KEPT = 2**52  # what float64 holds of a whole number
         "fingerprint.weight": Stage("weight"),
         "fingerprint.weight_signed": Stage("weight", "signed", "fingerprint.weight"),
         "fingerprint.random": Stage("random", "exact"),
+        "fingerprint.held": Stage("held", "exact"),
         "fingerprint.rate": Stage("rate"),
         "fingerprint.batch": Stage("batch", "exact"),
         "fingerprint.value": Stage("value"),
@@ -66,8 +67,9 @@ class Fingerprint(Probe):
     with and of the targets; ``fingerprint.random``, of the state of each generator of random numbers when the model is
     called, which is read and not drawn from (0 for Python's and numpy's own, until somebody draws from them). And as
     they are: ``fingerprint.loss``, the sum over the parts, and ``fingerprint.parts``, how many there are;
-    ``fingerprint.clip``, by how much each clipping scaled the gradients; ``fingerprint.rate``, of each group of the
-    optimiser; and at step 0 ``fingerprint.setting``, the numbers that modules and groups were made with.
+    ``fingerprint.clip``, by how much each clipping scaled the gradients; ``fingerprint.held``, 1 for each weight that
+    the optimiser holds and else 0; ``fingerprint.rate``, of each of its groups; and at step 0 ``fingerprint.setting``,
+    the numbers that modules and groups were made with.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -169,6 +171,9 @@ class Fingerprint(Probe):
         if step.index == 0:
             for name, number in {**_module_settings(run.model), **_group_settings(run)}.items():
                 step.record("fingerprint.setting", number, name)
+        held_by = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        for name, p in run.parameters.items():
+            step.record("fingerprint.held", float(id(p) in held_by), name)
         for i, group in enumerate(run.optimizer.param_groups):
             if isinstance(group.get("lr"), (int, float, torch.Tensor)):
                 step.record("fingerprint.rate", _number(group["lr"]), f"group.{i}")

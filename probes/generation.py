@@ -61,7 +61,7 @@ class Cache:
     examines=True,
     seldom=True,
     stages={
-        "generation.cached_gap": Stage("experiment", "share"),
+        "generation.cached_gap": Stage("experiment", "share", about="cache"),
         "generation.repeat_gap": Stage("experiment", "share"),
         "generation.module_gap": Stage("experiment", "share"),
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -34,12 +34,17 @@ def scorer_of(run: Run) -> Any:
     title="Is the loss of pairs DPO's, of the log-probabilities that are logged?",
     cost="the loss of the pairs again, in each step; a forward pass of the reference on four rows, on examined steps",
     examines=True,
+    stages={
+        "pairs.reference_chosen": Stage("beside", "newest"),
+        "pairs.reference_rejected": Stage("beside", "newest"),
+    },
 )
 class Pairs(Probe):
     """Computes the loss of a batch again from what was logged: ``-log sigmoid`` of the margin (Rafailov et al., 2023).
 
     Records ``pairs.loss``, what was propagated backward; ``pairs.form``, what it would be by DPO (``dpo``) and with the
-    two answers exchanged (``swapped``); ``pairs.error``, how far it is from the first; and on examined steps
+    two answers exchanged (``swapped``); ``pairs.error``, how far it is from the first; ``pairs.reference_chosen`` and
+    ``pairs.reference_rejected``, what the reference is logged to give, on average over the pairs; and on examined steps
     ``pairs.gap``, how far the scores of the ``policy`` and of the ``reference`` are from sums (``sum``) and from means
     (``mean``) over the targets that count, relatively.
     """
@@ -60,6 +65,8 @@ class Pairs(Probe):
         forms = [torch.nn.functional.softplus(value).mean() for value in (-margin, margin)]
         step.record("pairs.loss", loss.double())
         step.record_all("pairs.form", ("dpo", "swapped"), torch.stack(forms))
+        step.record("pairs.reference_chosen", scores[2].mean(), "reference")
+        step.record("pairs.reference_rejected", scores[3].mean(), "reference")
         step.record("pairs.error", (loss.double() - forms[0]).abs())
         if step.examined:
             rows = step.batch.rows(ROWS)

@@ -26,7 +26,10 @@ NOISE = 1e-4
     cost="six passes over one row of at most 8 tokens",
     examines=True,
     seldom=True,
-    stages={"requests.gap": Stage("experiment", "share"), "requests.repeat": Stage("experiment", "share")},
+    stages={
+        "requests.gap": Stage("experiment", "share", about="cache"),
+        "requests.repeat": Stage("experiment", "share"),
+    },
 )
 class Requests(Probe):
     """Passes one row with an empty cache, after itself and after a row of its first token.

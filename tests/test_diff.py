@@ -336,8 +336,9 @@ def test_the_command_tells_where_and_answers_with_its_status(
     told = " ".join(capsys.readouterr().out.split())
     assert "they part at step 0 at blocks.1.attn.pattern, in the value" in told
     assert (
-        "At step 0 the weights before the step, random state, training mode, learning rate and batch are equal to the "
-        "last bit. The first difference is blocks.1.attn.pattern, in the value, at step 0:"
+        "At step 0 the weights before the step, random state, training mode, weights that the optimiser holds, "
+        "learning rate and batch are equal to the last bit. "
+        "The first difference is blocks.1.attn.pattern, in the value, at step 0:"
     ) in told
     assert "is equal to the last bit" in told
     assert "look at blocks.1.attn.pattern" in told

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from lab.cli.options import json_option, print_json
-from lab.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lab.diff import Difference
-    from lab.results import Results
 
 SHOWN = 8  # settings, and places, of many
 
@@ -37,39 +35,20 @@ def diff(a: Path, b: Path, *, tolerance: float | None, as_json: bool) -> int:
 
     Exit status: 0 when they agree, 1 when they differ.
     """
-    from lab.diff import compare, processes, upstream
+    from lab.diff import compare_folders
     from lab.explain import explain
 
-    pairs = list(zip(processes(a), processes(b), strict=False))
-    found = [compare(_load(mine), _load(others), tolerance) for mine, others in pairs]
-    if not any(each.count or each.first for each in found):
-        raise BadInput(f"{a}, {b}: the two runs recorded nothing that can be compared")
-    which = upstream(found)
-    first = found[which]
+    compared = compare_folders(a, b, tolerance)
     if as_json:
-        print_json({**first.to_dict(), "process": which, "explanation": explain(first)})
+        print_json({**compared.to_dict(), "explanation": explain(compared.found)})
     else:
         from rich.console import Console
 
         console = Console(highlight=False)
-        if which:
-            console.print(f"[dim]process[/]  {which} of {len(pairs)}")
-        print_difference(first, console)
-    return 0 if first.first is None else 1
-
-
-def _load(folder: Path) -> Results:
-    """Read a run that can be compared.
-
-    Raises:
-        BadInput: It cannot.
-    """
-    from lab.results import load
-
-    run = load(folder)
-    if not run.history.stages:
-        raise BadInput(f"{folder}: recorded by no probe that takes part in a comparison, or by an older lab")
-    return run
+        if compared.process:
+            console.print(f"[dim]process[/]  {compared.process} of {compared.of}")
+        print_difference(compared.found, console)
+    return 0 if compared.found.first is None else 1
 
 
 def print_difference(found: Difference, console: Console) -> None:
