@@ -65,6 +65,30 @@ CLAMPED = Cause(
     source="PyTorch documentation: log_softmax; torch.clamp, whose derivative is 0 outside",
 )
 
+SIGMOID_TWICE = Cause(
+    id="loss.sigmoid_twice",
+    title="Probabilities are given to a binary cross-entropy that takes logits",
+    must=("comparison.sigmoid",),
+    place="loss",
+    repair="Drop the sigmoid at the end of the model: BCEWithLogitsLoss takes it itself. Or keep it there, and use "
+    "BCELoss. Keep a sigmoid for predictions, outside of forward.",
+    refute="What the loss is given is below 0 somewhere.",
+    look="The last layer of the model, and the line that computes the loss.",
+    source="PyTorch documentation: BCEWithLogitsLoss; Turoad/lanedet issue 32",
+)
+
+KL_OF_PROBABILITIES = Cause(
+    id="loss.kl_of_probabilities",
+    title="Probabilities are given to a divergence that takes their logarithms",
+    must=("comparison.kl",),
+    place="loss",
+    repair="F.kl_div(F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1), reduction='batchmean'). The input is "
+    "a logarithm; the target is one only with log_target=True.",
+    refute="The divergence is never below 0, and is 0 where both distributions are equal.",
+    look="The first argument of kl_div, and the sign of the loss.",
+    source="PyTorch documentation: KLDivLoss; microsoft/ProDA issue 20",
+)
+
 BROADCAST = Cause(
     id="loss.broadcast",
     title="Each prediction is compared with the targets of all",

@@ -111,6 +111,8 @@ class Step:
         graphs: How many answers of an evaluation just before carry a graph that nobody used, in such a loop.
         compared: The shapes of what each loss of distances was given, in a loop that the lab did not write, where the
             step is examined.
+        scored: By name each loss that takes logits or logarithms of probabilities, with the operator that made its
+            input (such as ``Sigmoid``), in the same steps.
         grad_norm: The norm of all gradients before clipping.
         clips: Each clipping of gradients between the backward pass and the update, as far as it was seen.
         lr: The learning rate.
@@ -130,6 +132,7 @@ class Step:
     loaders: int = 0
     graphs: int = 0
     compared: list[tuple[torch.Size, torch.Size]] = field(default_factory=list)
+    scored: list[tuple[str, str]] = field(default_factory=list)
     grad_norm: Tensor | None = None
     clips: list[Clip] = field(default_factory=list)
     lr: float | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -179,24 +180,52 @@ def after_closure(args: tuple[Any, ...], kwargs: dict[str, Any], tell: Callable[
 DISTANCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)  # each entry with the one at the same place
 
 
+SCORES = (F.binary_cross_entropy_with_logits, F.kl_div)  # they take logits, and logarithms of probabilities
+# What hands values on as they are: to follow a tensor back to the operator that made its values.
+HANDING_ON = re.compile(
+    r"(Unsafe)?View|ReshapeAlias|Squeeze|Unsqueeze|Permute|Transpose|T|Select|Slice|Index|Clone|ToCopy|Expand|Alias"
+)
+
+
+def maker(value: Tensor) -> str:
+    """The name of the operator by which the values of a tensor were made, as its derivative knows it; or nothing."""
+    node = value.grad_fn
+    while node is not None:
+        name = node.name().partition("Backward")[0]
+        if not HANDING_ON.fullmatch(name):
+            return name
+        node = node.next_functions[0][0] if node.next_functions else None
+    return ""
+
+
 class LossCalls(TorchFunctionMode):
     """While it is on, tells of the losses that are computed. It changes no call.
 
     Args:
         classes: Told ``(logits, targets)`` of each cross-entropy of classes.
         distance: Told ``(input, target)`` of each mean or sum of distances.
+        scores: Told the name and the input of each loss that takes logits or logarithms of probabilities.
     """
 
-    def __init__(self, classes: Callable[[Tensor, Tensor], None], distance: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(
+        self,
+        classes: Callable[[Tensor, Tensor], None],
+        distance: Callable[[Tensor, Tensor], None],
+        scores: Callable[[str, Tensor], None],
+    ) -> None:
         super().__init__()
-        self.classes, self.distance = classes, distance
+        self.classes, self.distance, self.scores = classes, distance, scores
         self.on = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.cross_entropy or func in DISTANCES:
+        if func in SCORES:
+            given = args[0] if args else kwargs.get("input")
+            if isinstance(given, Tensor):
+                self.scores(func.__name__, given)
+        elif func is F.cross_entropy or func in DISTANCES:
             given = dict(zip(("input", "target"), args, strict=False)) | kwargs
             outputs, targets = given.get("input"), given.get("target")
             if isinstance(outputs, Tensor) and isinstance(targets, Tensor):

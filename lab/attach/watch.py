@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lab.attach.compiled import around, compiled_parts, original, uncompiled
 from lab.attach.findings import Findings
-from lab.attach.intercept import Calls, LossCalls, after_closure, closure_of
+from lab.attach.intercept import Calls, LossCalls, after_closure, closure_of, maker
 from lab.attach.modules import Hook, ModuleSites
 from lab.attach.passes import Passes
 from lab.context import IGNORED, Batch, Clip, Run, Step, autocast_now, first_tensor
@@ -156,7 +156,7 @@ class Watch:
         for probe in chosen:
             manager.add_made(probe)
         self._calls = calls
-        self._functions = LossCalls(self._cross_entropy, self._distance)
+        self._functions = LossCalls(self._cross_entropy, self._distance, self._scores)
         self._undo = contextlib.ExitStack()
         self._passes = Passes(self.run)
         self._open_calls: list[int] = []  # how many answers there were when each call began that has not ended
@@ -303,6 +303,11 @@ class Watch:
         """Take the shapes of what a regression compares."""
         if self._training and torch.is_grad_enabled() and (outputs.requires_grad or targets.requires_grad):
             self.run.step.compared.append((outputs.shape, targets.shape))
+
+    def _scores(self, loss: str, given: Tensor) -> None:
+        """Take what made the input of a loss that wants logits, or logarithms of probabilities."""
+        if self._training and torch.is_grad_enabled() and given.requires_grad:
+            self.run.step.scored.append((loss, maker(given)))
 
     def backward(self, loss: Tensor) -> None:
         """Take the loss, if it is that of a training step."""

@@ -107,9 +107,69 @@ def test_what_is_compared_without_a_gradient_is_not_asked(tmp_path: Path) -> Non
             F.mse_loss(prediction, target.squeeze(-1))
         return (prediction - target).square().mean()
 
-    assert "no mean of distances" in watched(tmp_path / "run", logged).not_checked["comparison.broadcast"]
+    assert "no such loss" in watched(tmp_path / "run", logged).not_checked["comparison.broadcast"]
 
 
 def test_a_batch_of_one_row_is_the_same_either_way(tmp_path: Path) -> None:
     loss: Loss = lambda p, t: F.mse_loss(p, t.squeeze(-1))  # noqa: E731
     assert watched(tmp_path / "run", loss, rows=1).symptoms == ()
+
+
+# ---------------------------------------------------------------- probabilities in place of logits or of logarithms
+
+
+def binary(made: Callable[[Tensor], Tensor]) -> Loss:
+    return lambda p, t: nn.BCEWithLogitsLoss()(made(p), (t > 0).float().reshape(made(p).shape))
+
+
+def divergence(made: Callable[[Tensor], Tensor]) -> Loss:
+    return lambda p, t: F.kl_div(made(p), (9 * t).softmax(-1), reduction="batchmean")
+
+
+def pair(p: Tensor) -> Tensor:
+    return p.sigmoid()[:, :].double().float()
+
+
+@pytest.mark.parametrize(
+    ("loss", "id"),
+    [
+        (binary(torch.sigmoid), "loss.sigmoid_twice"),
+        (binary(pair), "loss.sigmoid_twice"),  # a view of it, in another type and back
+        (binary(lambda p: p.softmax(-1)), "loss.sigmoid_twice"),
+        (divergence(lambda p: p.softmax(-1)), "loss.kl_of_probabilities"),
+        (divergence(lambda p: F.softmax(p.float(), dim=-1).unsqueeze(0)[0]), "loss.kl_of_probabilities"),
+    ],
+)
+def test_probabilities_are_told(tmp_path: Path, loss: Loss, id: str) -> None:
+    diagnosis = watched(tmp_path / "run", loss, out=4)
+    assert [(cause.id, cause.at, cause.since_step) for cause in diagnosis.causes] == [(id, "loss", 0)]
+    assert diagnosis.unexplained == ()
+
+
+def unlike(p: Tensor, t: Tensor) -> Tensor:
+    """Both take part, each where it belongs: a weight by the probability, as in focal losses, and a gate."""
+    weight = (1 - p.detach().sigmoid()).square()
+    gated = p * p.sigmoid()
+    return F.binary_cross_entropy_with_logits(gated, (t > 0).float(), weight=weight)
+
+
+def a_logarithm(p: Tensor, t: Tensor) -> Tensor:
+    """Smoothed, so that the logarithm is taken by hand; the teacher's side needs none."""
+    smooth = 0.9 * p.softmax(-1) + 0.1 / p.shape[-1]
+    return F.kl_div(smooth.log(), t.softmax(-1), reduction="batchmean") + F.binary_cross_entropy(
+        p.sigmoid(), (t > 0).float()
+    )
+
+
+def from_the_teacher(p: Tensor, t: Tensor) -> Tensor:
+    """The other way round: what is learned is the target."""
+    return F.kl_div((9 * t).log_softmax(-1), p.softmax(-1), reduction="batchmean")
+
+
+@pytest.mark.parametrize(
+    "loss", [binary(lambda p: p), divergence(lambda p: p.log_softmax(-1)), unlike, a_logarithm, from_the_teacher]
+)
+def test_logits_and_logarithms_are_silent(tmp_path: Path, loss: Loss) -> None:
+    diagnosis = watched(tmp_path / "run", loss, out=4)
+    assert diagnosis.symptoms == ()
+    assert {"comparison.sigmoid", "comparison.kl"} & set(diagnosis.checked) or loss is from_the_teacher
