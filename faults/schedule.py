@@ -28,6 +28,7 @@ NEVER_STEPPED = Cause(
     id="schedule.never_stepped",
     title="The schedule is made and never stepped",
     must=("schedule.never_stepped",),
+    may=("optimizer.rate_zero", "movement.none"),
     place="schedule",
     repair="Call scheduler.step() after each optimizer.step(). With a warmup the rate otherwise stays at the first, "
     "which may be 0.",
@@ -52,11 +53,13 @@ NOT_APPLIED = Cause(
 RATE_ZERO = Cause(
     id="schedule.rate_zero",
     title="The learning rate is 0",
-    must=("optimizer.rate_zero",),
-    may=("schedule.never_stepped", "schedule.not_applied"),
+    must=("optimizer.rate_zero*",),
+    may=("schedule.not_applied", "movement.none"),
+    cannot=("schedule.never_stepped",),
     place="schedule",
     repair="Print group['lr'] at each of the first updates. A warmup multiplies by (step + 1) / warmup, in true "
-    "division: step // warmup is 0 until it ends. With a peak read from a file, check that it was read.",
+    "division: step // warmup is 0 until it ends. One that is stepped once an epoch counts epochs, and must not begin "
+    "with 0. With a peak read from a file, check that it was read.",
     refute="group['lr'] is above 0 at the second update, and a weight moves.",
     look="The function that LambdaLR is given, at 0, 1 and 2; and base_lrs of the scheduler.",
     source="PyTorch documentation: LambdaLR",

@@ -23,7 +23,8 @@ SHIFTED_TWICE = Cause(
     must=("targets.ahead",),
     place="targets",
     repair="Shift once, in one place. Models that take labels and compute the loss themselves (Hugging Face) shift "
-    "inside: give them labels equal to the inputs. Elsewhere: inputs x[:, :-1], targets x[:, 1:].",
+    "inside: give them labels equal to the inputs. Elsewhere: inputs x[:, :-1], targets x[:, 1:]. "
+    "Tell a decoder the target before: told[:, t + 1] = targets[:, t].",
     refute="targets[:, t] equals inputs[:, t + 1] wherever it counts.",
     look="Every line between the data set and the loss that cuts a first or a last token off.",
     source="Hugging Face documentation: causal language modelling, labels are shifted inside the model",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DEAD = Cause(
     id="tuning.adapter_dead",
-    title="Both factors of an adapter are zero",
+    title="An adapter cannot learn: a factor is zero",
     must=("adapter.dead",),
     may=("flow.zero", "arrival.dead"),
     repair="Draw A at random and set only B to 0. With both at 0 neither has a gradient: A's is multiplied by B, and "

@@ -121,6 +121,32 @@ def schedule_stepped_often(history: History) -> Iterator[Symptom]:
 
 
 @rule(
+    "optimizer.rate_zero_at_first",
+    title="A schedule that is stepped once an epoch does not begin with 0",
+    reads=("schedule.count", "optimizer.rate", "movement.gradient"),
+    basis="experiment",
+    phase="update",
+)
+def optimizer_rate_zero_at_first(history: History) -> Iterator[Symptom]:
+    """The rate of every group is 0 in the first ten updates at least, until the schedule is first stepped.
+
+    There are gradients, which all of these updates leave unused: a warmup from 0 is meant for updates. Where the
+    schedule is stepped and says 0, somebody may wait on purpose.
+    """
+    rate, count = history.series("optimizer.rate"), history.series("schedule.count")
+    above = np.flatnonzero(rate.values != 0)
+    idle = int(above[0]) if len(above) else 0
+    if idle < UPDATES:
+        return
+    begun = rate.steps[idle]
+    still = set(count.values[count.steps < begun])
+    wanted = any(np.any(series.values[series.steps < begun] > 0) for _, series in history.each("movement.gradient"))
+    if wanted and len(still) == 1 and still != set(count.values[count.steps == begun]):
+        text = f"the rate is 0 in each of the first {idle} updates: until then the schedule is not stepped"
+        yield Symptom(at="", since=int(rate.steps[0]), seen=0.0, expected="above 0", text=text)
+
+
+@rule(
     "schedule.not_applied",
     title="The optimiser goes by the rate that the schedule says",
     reads=("schedule.said", "schedule.set"),

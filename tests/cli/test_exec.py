@@ -38,6 +38,7 @@ MISTAKES = {
     "normal_init": ("init.too_large", "body.layers.0.self_attn"),
     "padding_counted": ("targets.padding_counted", "targets"),
     "padding_mask": ("mask.padding_inverted", "encoder.layers.0.self_attn"),
+    "plain_list": ("model.unregistered", "hids"),
     "position_axis": ("positions.along_batch", "positions"),
     "position_data": ("loop.detached", "encoder.pos_embedding"),
     "pure_bfloat16": ("precision.update_lost", "optimizer"),
@@ -56,6 +57,7 @@ MISTAKES = {
     "two_optimizers": ("optimizer.missing_parameter", "bridge.weight"),
     "unscale": ("clip.before_unscale", "clipping"),
     "validate_with_graph": ("performance.gradients_at_evaluation", "evaluation"),
+    "warmup_epochs": ("schedule.rate_zero", "schedule"),
     "wavenet": ("convolution.not_causal", "stack.0.dilated"),
     "zero_grad": ("loop.no_zero_grad", "loop"),
 }

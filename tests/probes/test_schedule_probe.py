@@ -177,6 +177,38 @@ def test_each_mistake_in_anybodys_loop_is_named(tmp_path: Path, make: Callable[.
     assert diagnosis.unexplained == ()
 
 
+def by_epoch(start: float, updates: int = 12) -> Callable[[torch.optim.Optimizer], Loop]:
+    """A warmup over epochs of so many updates."""
+
+    def make(optimizer: torch.optim.Optimizer) -> Loop:
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda epoch: start + epoch / 4)
+        return lambda step: scheduler.step() if step % updates == updates - 1 else None, scheduler
+
+    return make
+
+
+def waits(optimizer: torch.optim.Optimizer) -> Loop:
+    """Stepped after each update, and 0 for the first twelve: so it was written down."""
+    return once(lr_scheduler.LambdaLR, lr_lambda=lambda step: float(step > 11))(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(by_epoch(0.0), ["schedule.rate_zero"]), (by_epoch(0.25), []), (by_epoch(0.0, 4), []), (waits, [])],
+)
+def test_a_first_epoch_without_a_rate(tmp_path: Path, make: Callable[..., Loop], expected: list[str]) -> None:
+    diagnosis = watched(tmp_path / "run", make, steps=36)
+    assert [(found.id, found.since_step) for found in diagnosis.causes] == [(id, 0) for id in expected]
+    assert diagnosis.unexplained == ()
+
+
+def test_a_rate_that_stays_0_as_nobody_steps_its_schedule(tmp_path: Path) -> None:
+    make = lambda o: (lambda _: None, lr_scheduler.LambdaLR(o, lambda step: step / 100))  # noqa: E731
+    diagnosis = watched(tmp_path / "run", make)
+    assert [found.id for found in diagnosis.causes] == ["schedule.never_stepped"]
+    assert diagnosis.unexplained == ()
+
+
 COLUMNS = tuple((f"schedule.{name}", "") for name in ("set", "said", "count", "processes", "by_update"))
 
 
