@@ -104,7 +104,7 @@ def _why(finder: Finder) -> str:
     if finder.why_not:
         return finder.why_not
     if not finder.made:
-        return "no optimiser was made while it ran"
+        return "no optimiser was made while it ran, in this process; others are watched where torchrun starts them"
     compiling = "; what a compiled function calls is not seen" if "torch._dynamo" in sys.modules else ""
     return f"no module that an optimiser trains was called while it ran{compiling}"
 

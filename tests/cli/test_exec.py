@@ -98,6 +98,7 @@ def python(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False)
 
 
+NONE_MADE = "no optimiser was made while it ran, in this process; others are watched where torchrun starts them"
 EXEC = ("-c", "from lab.cli import main; main()", "exec")
 
 TRAINING = """
@@ -190,7 +191,7 @@ def test_a_script_that_trains_nothing_is_told_so(tmp_path: Path, capsys: pytest.
     assert status_of(["exec", "--out", str(tmp_path / "run"), str(path)]) == 0
     told = capsys.readouterr()
     assert told.out == "hello\n"
-    assert told.err.strip() == f"lab: {path}: nothing to diagnose: no optimiser was made while it ran"
+    assert told.err.strip() == f"lab: {path}: nothing to diagnose: {NONE_MADE}"
     assert not (tmp_path / "run").exists()
 
 
