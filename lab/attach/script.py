@@ -9,6 +9,7 @@ import runpy
 import sys
 import types
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lab.catalogue import Catalogue
     from lab.diagnosis.model import Diagnosis
 
+IDLE = 3  # steps of an optimiser that found no gradient at all, before it is taken for that of another network
 SHARE = 0.1  # of an optimiser's weights have to be in a module for it to be what the optimiser trains
 
 
@@ -38,7 +40,9 @@ class Finder:
     """While in the block, looks for a module that is trained, and watches the first.
 
     That is the outermost module that is called in training mode, with gradients on, and holds some of what an optimiser
-    holds. Nothing is slower but the calls before it is found, by one function call each, and what `Calls` intercepts.
+    holds. Or, where an optimiser takes step after step and finds no gradient, one of the same shapes that has gradients:
+    it holds the weights of a network that was replaced. Nothing is slower but the calls before it is found, by one
+    function call each, and what `Calls` intercepts.
 
     Args:
         folder: Of the run.
@@ -64,6 +68,7 @@ class Finder:
         # Weak: an optimiser that the script lets go of has to go.
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._schedulers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[LRScheduler]] = weakref.WeakKeyDictionary()
+        self._idle: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._calls = Calls()  # from the start: the script may import by its own name what is intercepted
         self._undo = contextlib.ExitStack()
 
@@ -111,7 +116,11 @@ class Finder:
 
     def _first_closure(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Where a closure calls the model, it is found within the optimiser's step, whose hooks have run by then."""
-        return None if closure_of(args, kwargs) is None else after_closure(args, kwargs, lambda: self._read(optimizer))
+        if closure_of(args, kwargs) is not None:
+            return after_closure(args, kwargs, lambda: self._read(optimizer))
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            self._idle[optimizer] = self._idle.get(optimizer, 0) + 1
+        return None
 
     def _read(self, optimizer: Optimizer) -> None:
         if self.watching is not None and self.watching.run.optimizer is optimizer:
@@ -126,23 +135,34 @@ class Finder:
             inside = sum(p.numel() for p in held if id(p) in mine)
             if inside and inside >= SHARE * sum(p.numel() for p in held):
                 shares.append((inside, optimizer))
-        if not shares:
+        found = max(shares, key=lambda share: share[0])[1] if shares else self._beside(module)
+        if found is None:
             return
         self._searching = False
         if _is_cut(module):
             self.why_not = "each process holds a part of the weights only (FSDP, ZeRO): that cannot be watched yet"
             return
-        optimizer = max(shares, key=lambda share: share[0])[1]
         about = (self.folder, (), self.catalogue, self.examine_every)
         try:
-            self.watching = Watch(module, optimizer, *about, calls=self._calls, sites=self.sites)
+            self.watching = Watch(module, found, *about, calls=self._calls, sites=self.sites)
         except BadInput as error:  # the script goes on, whatever the lab was asked
             self.why_not = str(error)
             return
-        known = self._schedulers.get(optimizer)
+        known = self._schedulers.get(found)
         self.watching.run.scheduler = known() if known is not None else None
         self.watching.run.scheduled = "unknown"
         self.watching.__enter__()
+
+    def _beside(self, module: nn.Module) -> Optimizer | None:
+        """The optimiser that holds the weights of another network of the same shapes, which get no gradients."""
+        wanted = Counter(p.shape for p in module.parameters() if p.requires_grad)
+        if not wanted or all(p.grad is None for p in module.parameters()):
+            return None
+        for optimizer, steps in self._idle.items():
+            held = Counter(p.shape for group in optimizer.param_groups for p in group["params"])
+            if steps >= IDLE and held == wanted:
+                return optimizer
+        return None
 
     def finish(self, error: BaseException | None) -> Diagnosis | None:
         """End watching; return what was found of the training, None if there was none."""

@@ -52,6 +52,7 @@ MISTAKES = {
     "sigmoid_twice": ("loss.sigmoid_twice", "loss"),
     "softmax_axis": ("attention.wrong_axis", "blocks.0.attn"),
     "softmax_twice": ("loss.softmax_twice", "loss"),
+    "stale_optimizer": ("optimizer.stale_parameters", "optimizer"),
     "tied_copy": ("weights.untied", "out_head"),
     "train_mode": ("loop.evaluation_mode", "loop"),
     "two_optimizers": ("optimizer.missing_parameter", "bridge.weight"),
@@ -193,6 +194,34 @@ def test_a_script_that_trains_nothing_is_told_so(tmp_path: Path, capsys: pytest.
     assert told.out == "hello\n"
     assert told.err.strip() == f"lab: {path}: nothing to diagnose: {NONE_MADE}"
     assert not (tmp_path / "run").exists()
+
+
+COPIES = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).bfloat16()
+copies = [p.detach().float().clone() for p in net.parameters()]
+opt = torch.optim.SGD(copies, lr=0.1)
+for step in range(12):
+    x = torch.randn(16, 6)
+    net.zero_grad()
+    nn.functional.cross_entropy(net(x.bfloat16()).float(), x[:, :4].argmax(1)).backward()
+    for copy, p in zip(copies, net.parameters()):
+        copy.grad = p.grad.float()
+    opt.step()
+    for copy, p in zip(copies, net.parameters()):
+        p.data.copy_(copy)
+"""
+
+
+def test_an_optimiser_of_copies_that_get_their_gradients_is_not_taken_for_a_stale_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "copies.py"
+    path.write_text(COPIES)
+    assert status_of(["exec", "--out", str(tmp_path / "run"), str(path)]) == 0
+    assert "no module that an optimiser trains was called while it ran" in capsys.readouterr().err
 
 
 CUT = """
