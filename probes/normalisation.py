@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lab import History, Run, Step
 
 NAMED = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
+WIDER = re.compile(r"glob|cumul|batch|instance|group", re.IGNORECASE)  # norms over more than one token by name
 ROWS = 2
 SCALE = 1024.0  # a power of two: multiplying by it rounds nothing
 # Rounding is allowed for; a token that takes part in the mean of another moves it by much more.
@@ -42,7 +43,8 @@ class Normalisation(Probe):
     ``norm.other_tokens``: how far an output moves when other tokens are changed, relative to its size (right: 0).
     Of those with no parameters but ``weight`` and ``bias``: ``norm.offset``, how far the output of 0 is from the bias,
     relative to the size of an output (right: 0); and ``norm.factor``, the multiple of the formula that the output is
-    (right: 1; NaN where it is none), with ``norm.rms``, its size, and ``norm.width``.
+    (right: 1; NaN where it is none), with ``norm.rms``, its size, and ``norm.width``. Of a norm by hand, whose gain has
+    another name, ``norm.other_tokens`` only: it may have its eps beside the deviation, and not in the root.
     """
 
     def lab_examine(self, run: Run, step: Step) -> None:
@@ -74,8 +76,7 @@ def _keep(given: dict[str, Tensor], name: str) -> Callable[..., None]:
         x = args[0]
         if x.is_nested:  # rows of different lengths, as in PyTorch's own encoder when it evaluates
             return
-        weight = getattr(module, "weight", None)
-        declared = tuple(getattr(module, "normalized_shape", ())) or (tuple(weight.shape) if weight is not None else ())
+        declared = _declared(module)
         # A norm over several dimensions, or over channels that come first, mixes what it should.
         if declared != tuple(x.shape[-1:]) or x.dim() < 3 or x.shape[-2] < 3:
             return
@@ -86,6 +87,21 @@ def _keep(given: dict[str, Tensor], name: str) -> Callable[..., None]:
     return hook
 
 
+def _declared(module: nn.Module) -> tuple[int, ...]:
+    """The shape over which a norm says that it normalises; empty if it does not."""
+    weight = getattr(module, "weight", None)
+    said = tuple(getattr(module, "normalized_shape", ())) or (tuple(weight.shape) if weight is not None else ())
+    if said or not _by_hand(module):
+        return said
+    shapes = {tuple(p.shape) for p in module.parameters(recurse=False)}
+    return shapes.pop() if len(shapes) == 1 else ()
+
+
+def _by_hand(module: nn.Module) -> bool:
+    plain = not hasattr(module, "weight") and not hasattr(module, "normalized_shape")
+    return plain and not WIDER.search(type(module).__name__)
+
+
 def _experiment(step: Step, name: str, norm: nn.Module, x: Tensor) -> None:
     shift = torch.nan_to_num(norm(torch.zeros_like(x)).float())  # 0 / 0, where eps is 0
     plain = norm(x).float() - shift  # [... T C]
@@ -93,8 +109,9 @@ def _experiment(step: Step, name: str, norm: nn.Module, x: Tensor) -> None:
     squares = plain.square().mean(-1)  # [... T]
     growth = larger.square().mean(-1) / squares  # of the mean square; NaN where the input is 0
     eps = x.float().var(-1, correction=0) * (growth - 1) / (1 - growth / SCALE**2).clamp_min(1e-6)
-    step.record("norm.follows_scale", torch.nanmedian(growth).sqrt(), name)
-    step.record("norm.eps", torch.nanmedian(eps), name)
+    if not _by_hand(norm):
+        step.record("norm.follows_scale", torch.nanmedian(growth).sqrt(), name)
+        step.record("norm.eps", torch.nanmedian(eps), name)
     # All tokens but the first half of the first row become others.
     half = x.shape[-2] // 2
     changed = 3 * x.flip(-1) + 1
@@ -102,7 +119,7 @@ def _experiment(step: Step, name: str, norm: nn.Module, x: Tensor) -> None:
     moved = norm(changed).float()[0, ..., :half, :] - (plain + shift)[0, ..., :half, :]
     size = plain[0, ..., :half, :].square().mean().sqrt()
     step.record("norm.other_tokens", moved.square().mean().sqrt() / size, name)
-    if {key for key, _ in norm.named_parameters()} <= {"weight", "bias"}:
+    if not _by_hand(norm) and {key for key, _ in norm.named_parameters()} <= {"weight", "bias"}:
         bias = getattr(norm, "bias", None)
         offset = (norm(torch.zeros_like(x)) - (0 if bias is None else bias)).abs().amax()
         step.record("norm.offset", offset / size, name)

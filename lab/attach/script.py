@@ -40,7 +40,7 @@ class Finder:
     """While in the block, looks for a module that is trained, and watches the first.
 
     That is the outermost module that is called in training mode, with gradients on, and holds some of what an optimiser
-    holds. Or, where an optimiser takes step after step and finds no gradient, one of the same shapes that has gradients:
+    holds. Or, where an optimiser steps and steps and finds no gradient, one of the same shapes that has gradients:
     it holds the weights of a network that was replaced. Nothing is slower but the calls before it is found, by one
     function call each, and what `Calls` intercepts.
 

@@ -162,3 +162,30 @@ def test_a_model_without_norms_is_not_checked() -> None:
     step.batch = SimpleNamespace(inputs=torch.ones(1))  # type: ignore[assignment]
     with pytest.raises(Exception, match="no layer norm and no RMS norm in this model"):
         catalogue.probes["normalisation"]().lab_examine(run, step)  # type: ignore[attr-defined]
+
+
+class LayerNormalization(nn.Module):
+    """By hand, with names and an eps of its own, and statistics over this axis."""
+
+    def __init__(self, width: int, axis: int) -> None:
+        super().__init__()
+        self.a_2, self.b_2, self.axis = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), axis
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        mean, deviation = z.mean(self.axis, keepdim=True), z.std(self.axis, keepdim=True)
+        return (z - mean) / (deviation + 1e-3) * self.a_2 + self.b_2
+
+
+class GlobalLayerNorm(LayerNormalization):
+    """Over all tokens, as in the separation of sources."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return (z - z.mean((1, 2), keepdim=True)) / (z.std((1, 2), keepdim=True) + 1e-8) * self.a_2 + self.b_2
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])  # beside the deviation, its eps counts for more than in the root
+def test_a_norm_by_hand(scale: float) -> None:
+    assert seen(LayerNormalization(32, -1), plain(scale=scale, shift=1.0)) == set()
+    assert seen(LayerNormalization(32, 1), plain(scale=scale)) == {"norm.other_tokens"}
+    assert seen(LayerNormalization(32, 0), plain(scale=scale)) == {"norm.other_tokens"}
+    assert seen(GlobalLayerNorm(32, -1), plain(scale=scale)) == set()
