@@ -52,15 +52,40 @@ class Batch:
     def rows(self, count: int) -> Batch:
         """Return the first rows of the batch, so that an experiment on it is cheap.
 
-        Only where the call is one tensor: of several, which have a batch dimension cannot be told from the shapes.
+        Only where the call is one tensor, or where it can be told from several which of their dimensions is the batch.
+        Else it is the whole batch.
         """
         inputs = self.inputs
-        if inputs is None or self.kwargs or len(self.args) != 1 or inputs.dim() == 0 or len(inputs) <= count:
+        if inputs is None or inputs.dim() == 0 or len(inputs) <= count:
             return self
-        targets = None
-        if self.targets is not None and self.targets.shape[:1] == inputs.shape[:1]:
-            targets = self.targets[:count]
-        return Batch((inputs[:count],), {}, targets)
+        size = len(inputs)
+        if not all(_cuts(value, size) for value in (*self.args, *self.kwargs.values()) if value is not inputs):
+            return self
+
+        def cut(value: Any) -> Any:
+            return value[:count] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
+
+        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
+        targets = self.targets
+        if targets is not None:
+            targets = targets[:count] if targets.shape[:1] == (size,) else None
+        return Batch(tuple(map(cut, self.args)), kwargs, targets)
+
+
+def _cuts(value: Any, size: int) -> bool:
+    """Whether it is known what the first rows of a batch of `size` are of something that a model is given beside it.
+
+    Tensors of which the batch is the first dimension and no other; and what holds for all rows. Whole numbers [size]
+    may be places in the batch, which a part of it does not have: on a GPU, asking for them ends the process.
+    """
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, (bool, int, float, str))
+    if value.layout != torch.strided or value.is_nested:
+        return False
+    if value.dim() == 0 or len(value) == 1:
+        return True
+    places = value.dim() == 1 and not value.is_floating_point() and value.dtype != torch.bool
+    return len(value) == size and size not in value.shape[1:] and not places
 
 
 @dataclass(frozen=True)

@@ -88,3 +88,40 @@ def test_a_model_that_answers_with_a_distribution(tmp_path: Path, *, squashed: b
     assert ("evaluation.random" in watch.diagnosis.checked) is not squashed
     if squashed:
         assert "a TransformedDistribution" in watch.diagnosis.not_checked["evaluation.random"]
+
+
+TOKENS = torch.arange(8 * 5).reshape(8, 5)  # [B T]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "cut"),
+    [
+        ((TOKENS,), {}, {"0"}),
+        (
+            (),
+            {"input_ids": TOKENS, "attention_mask": TOKENS > 3, "labels": TOKENS},
+            {"input_ids", "attention_mask", "labels"},
+        ),
+        ((TOKENS, None, True), {"scale": 2.0, "places": TOKENS[:1]}, {"0"}),
+        ((TOKENS, torch.rand(8)), {}, {"0", "1"}),
+        ((TOKENS, torch.tensor(1.0)), {}, {"0"}),
+        ((TOKENS,), {"mask": torch.zeros(5, 5)}, set()),  # [T T]
+        ((TOKENS, torch.zeros(2, 30).long()), {}, set()),  # [2 E], as the edges of a graph
+        ((TOKENS, torch.randperm(8)), {}, set()),  # places in the batch
+        ((TOKENS, torch.rand(8, 8)), {}, set()),  # which of both is the batch?
+        ((TOKENS, [TOKENS]), {}, set()),
+        ((TOKENS.float(), torch.eye(8).to_sparse()), {}, set()),
+    ],
+)
+def test_the_first_rows_of_a_batch(args: tuple[Any, ...], kwargs: dict[str, Any], cut: set[str]) -> None:
+    batch = lab.Batch(args, kwargs, TOKENS)
+    rows = batch.rows(3)
+    was = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    now = {**{str(i): value for i, value in enumerate(rows.args)}, **rows.kwargs}
+    for name, value in was.items():
+        if name in cut:
+            assert torch.equal(now[name], value[:3])
+        else:
+            assert now[name] is value
+    assert rows.targets is not None
+    assert torch.equal(rows.targets, TOKENS[:3] if cut else TOKENS)
