@@ -8,6 +8,7 @@ import click
 
 from lab import __version__
 from lab.cli.answer import answer
+from lab.cli.bisect import bisect
 from lab.cli.board import board
 from lab.cli.build import build, hint
 from lab.cli.check import check
@@ -37,7 +38,7 @@ def cli() -> None:
     """  # noqa: D301 - to click, the character \b keeps the lines below it apart
 
 
-for command in (list_, show, build, hint, check, run, exec_, diagnose, diff, answer, prove, matrix, board):
+for command in (list_, show, build, hint, check, run, exec_, diagnose, diff, bisect, answer, prove, matrix, board):
     cli.add_command(command)
 
 
