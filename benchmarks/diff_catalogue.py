@@ -3,6 +3,7 @@
     python benchmarks/diff_catalogue.py                      # every fault of the catalogue that has a site
     python benchmarks/diff_catalogue.py mask. optimizer.     # those whose ids begin so
     python benchmarks/diff_catalogue.py --explain norm.missing
+    python benchmarks/diff_catalogue.py --seed 7             # in place of the scenarios' own
 
 Each fault is run in the first scenario of the lab that uses it alone, shortened, and so is that scenario without it, at
 the same seed. A fault that can begin late does, at step 2: until then nothing may differ.
@@ -170,10 +171,11 @@ class Twins:
     Args:
         catalogue: Where they are found.
         folder: Where runs are kept.
+        seed: In place of the scenarios' own.
     """
 
-    def __init__(self, catalogue: Catalogue, folder: Path) -> None:
-        self.catalogue, self.folder = catalogue, folder
+    def __init__(self, catalogue: Catalogue, folder: Path, seed: int | None = None) -> None:
+        self.catalogue, self.folder, self.seed = catalogue, folder, seed
         self.known = aims(catalogue)
         self._healthy: dict[str, tuple[Path, Witness]] = {}
         # What no comparison reads is not measured.
@@ -182,6 +184,8 @@ class Twins:
     def compare(self, fault: str) -> Found:
         """Run a fault and its twin, for as long as it takes to act; compare their folders."""
         name, scenario = scenario_of(fault, self.catalogue)
+        if self.seed is not None:
+            scenario = scenario.model_copy(update={"seed": self.seed})
         found = self._compare(fault, name, with_start(scenario), STEPS)
         if found.difference.first is None and found.touched is not None and fault not in UNTOLD:
             # So far it was as good as rounding: it acts where something is no longer finite.
@@ -226,10 +230,10 @@ def placed(catalogue: Catalogue) -> list[str]:
     return sorted(id for id, aim in aims(catalogue).items() if aim.at and id in catalogue.faults)
 
 
-def compare_all(chosen: Sequence[str], catalogue: Catalogue) -> Iterator[Found]:
+def compare_all(chosen: Sequence[str], catalogue: Catalogue, seed: int | None) -> Iterator[Found]:
     """Yield what is found of each."""
     with tempfile.TemporaryDirectory(prefix="lab-diff-") as folder:
-        twins = Twins(catalogue, Path(folder))
+        twins = Twins(catalogue, Path(folder), seed)
         for fault in chosen:
             yield twins.compare(fault)
 
@@ -238,6 +242,7 @@ def main() -> int:
     """Print the table; the status is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", help="the beginnings of ids; by default all")
+    parser.add_argument("--seed", type=int, help="in place of the scenarios' own")
     parser.add_argument("--explain", action="store_true", help="print what lab diff says of each")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -245,7 +250,7 @@ def main() -> int:
     chosen = [id for id in placed(catalogue) if id.startswith(tuple(options.faults) or "")]
     wrong = 0
     print(f"{'fault':<36}{'from':>5}{'acts':>5}{'found':>6}  {'site':<24}found")
-    for found in compare_all(chosen, catalogue):
+    for found in compare_all(chosen, catalogue, options.seed):
         untold = UNTOLD.get(found.fault, "")
         wrong += not found.right and not untold
         told = "" if found.right else f"  not told: {untold}" if untold else "  WRONG"

@@ -32,6 +32,7 @@ def cli() -> None:
     lab list                   what there is: projects, scenarios, faults, probes, causes, plugins
     lab run reads-the-future   train, break, watch, diagnose
     lab exec train.py          watch a training script of your own
+    lab diff RUN RUN           see where two runs part
     lab board                  look at the newest run in TensorBoard
 
     Exit status: 0 as expected, 1 something is wrong with the run, 2 bad input.
