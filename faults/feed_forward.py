@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LINEAR = Cause(
     id="ffn.no_activation",
     title="A feed-forward layer has no activation",
-    must=("ffn.linear",),
+    must=("ffn.linear*",),
     repair="Apply the activation between the two matrices: down(F.gelu(up(x))). An nn.Identity left as a placeholder, "
     "or a result that is not assigned (F.relu(x) instead of x = F.relu(x)), leaves the layer linear.",
     refute="What enters the second matrix differs from what the first gives out.",

@@ -30,6 +30,7 @@ MISTAKES = {
     "labels_shifted_twice": ("targets.shifted_twice", "targets"),
     "last_layer": ("model.layer_ignored", "encoder.enc_layers.0"),
     "layer_norm_axis": ("norm.wrong_axis", "layer_stack.0.slf_attn.layer_norm"),
+    "linear_mlp": ("ffn.no_activation", "mlp.layers"),
     "log_of_softmax": ("numerics.nonfinite_gradient", "out"),
     "lora_zero": ("init.zero", "layers.0.attention.q.lora_A"),
     "merge_heads": ("attention.wrong_merge", "layers.0.attention"),
