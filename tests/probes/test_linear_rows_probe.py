@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def lin(*widths: int) -> list[nn.Module]:
-    return [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    return [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
 
 
 class Holder(nn.Module):
