@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lab import History, Run, Step
 
-ROWS = 8
+ROWS = 4
 NONE = "no attention in this model was seen to do that: its operators are others"
 
 PADDING_INVERTED = Cause(
@@ -36,7 +36,7 @@ PADDING_INVERTED = Cause(
 @probe(
     "attending",
     title="Over which axis is a softmax, are heads joined in their order, and which tokens are hidden?",
-    cost="a forward pass on eight rows, operator by operator",
+    cost="a forward pass on four rows, operator by operator",
     examines=True,
     seldom=True,
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lab import Batch, History, Run, Step
 
-LEAST, MOST = 4, 6  # rows of an experiment
+ROWS = 4  # of an experiment: the first and the last are kept, and those between are exchanged
 UNKNOWN = "which axis is the batch is not known, or there are too few rows"
 COARSE = 0.05  # between what bfloat16 rounds, 2^-8 a number, and the smallest mistake that is one of kind
 
@@ -39,7 +39,7 @@ ALONG_BATCH = Cause(
 @probe(
     "places",
     title="Does it matter where in a batch a row stands?",
-    cost="two forward passes on six rows",
+    cost="two forward passes on four rows",
     examines=True,
     seldom=True,
 )
@@ -61,9 +61,9 @@ class Places(Probe):
         batch = step.batch
         if batch is None or batch.inputs is None or not batch.inputs.dim():
             raise NotChecked("the batch is not known")
-        rows = min(len(batch.inputs), MOST)
+        rows = min(len(batch.inputs), ROWS)
         known = 1.0 if self._says else _rows_known(batch)
-        if rows < LEAST or not _rows_alike(batch) or known is None:
+        if rows < ROWS or not _rows_alike(batch) or known is None:
             raise NotChecked(UNKNOWN)
         run.model.eval()
         equal, others = (_picked(batch, [place * differ for place in range(rows - 1)] + [0]) for differ in (0, 1))

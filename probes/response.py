@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lab import Batch, History, Run, Step
 
-ROWS = 8
+ROWS = 4
 # Half the weights make at most half the logits where these are of degree 1 or more in them, and the same where they are
 # of degree 0, as between vectors that are normalised. The bound lies midway, in octaves.
 FOLLOWS = 0.5**0.5
@@ -21,7 +21,7 @@ FOLLOWS = 0.5**0.5
 @probe(
     "response",
     title="Do the first logits become smaller with the weights?",
-    cost="two forward passes on eight rows, at step 0 only",
+    cost="two forward passes on four rows, at step 0 only",
     examines=True,
 )
 class Response(Probe):
