@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lab.blame import Blame, of_gradients, of_processes, of_update
 from lab.errors import BadInput
 from lab.files import METRICS
+from lab.judging import is_lost, judged
 from lab.points import INSIDE, compared, merged, points, way, weights_of
 from lab.processes import RANK
 from lab.results import load
@@ -18,7 +18,7 @@ from lab.tolerance import Noise, Tolerance
 from lab.where import after, beside, found_by, is_everywhere, module_of, where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from lab.points import Point
@@ -172,7 +172,7 @@ def compare(a: Results, b: Results, tolerance: float | None = None) -> Differenc
     """
     noise = Noise((a.history, b.history))
     order = merged(a.history.order, b.history.order)
-    steps = [*_judged(points(a.history, b.history, order), Tolerance(noise, tolerance))]
+    steps = [*judged(points(a.history, b.history, order), Tolerance(noise, tolerance))]
     last = next((i for i, here in enumerate(steps) if any(point.differs for point in here)), len(steps) - 1)
     here = steps[last] if steps else []
     first = next((point for point in here if point.differs), None)
@@ -204,7 +204,7 @@ def compare(a: Results, b: Results, tolerance: float | None = None) -> Differenc
         only=only,
         steps=(a.history.last_step + 1, b.history.last_step + 1),
         compared=tuple(found[0].step for found in steps if any(point.part == "value" for point in found)),
-        lost=next((found[0].step for found in steps[: last + 1] if _is_lost(found)), None),
+        lost=next((found[0].step for found in steps[: last + 1] if is_lost(found)), None),
         coarser=coarser,
         tolerance=tolerance,
         measured=noise.measured,
@@ -262,25 +262,6 @@ def upstream(found: Sequence[Difference]) -> int:
     """Which of several is that of the earliest and most upstream difference; the first if none differs."""
     when = [_when(each) for each in found]
     return when.index(min(when))
-
-
-def _judged(found: Iterator[Point], judge: Tolerance) -> Iterator[list[Point]]:
-    """Say of each number how far apart the two may be; yield them by step."""
-    for step, numbers in itertools.groupby(found, key=lambda point: point.step):
-        judge.begin(step)
-        here = []
-        for point in numbers:
-            allowed = judge.of(point.part, point.at, exact=point.exact)
-            here.append(replace(point, allowed=allowed))
-            if not here[-1].differs:
-                judge.saw(point.part, point.at, point.relative)
-        yield here
-
-
-def _is_lost(found: Sequence[Point]) -> bool:
-    """Whether most numbers of a step may have been moved so far by rounding that they tell nothing."""
-    told = [point for point in found if point.part != "weight"]  # of which nothing is asked where nobody looked before
-    return sum(math.isinf(point.allowed) for point in told) > len(told) / 2
 
 
 def _agreed(found: Sequence[Point]) -> tuple[Agreed, ...]:

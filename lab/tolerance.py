@@ -85,6 +85,10 @@ class Noise:
         """How far it is moved by what rounding does one step before; at least as far as by its own, in float32."""
         return max(self._of("drift", part, site), min(self.rounding(part, site), HALF))
 
+    def flipped(self, site: str) -> float:
+        """How far a weight is moved if a single element of it is updated to the opposite."""
+        return self._newest(self._series.get(("rounding", "update"), {}).get(site, []))
+
     @property
     def alone(self) -> float:
         """How far it moves the loss of outputs that are equal to the last bit."""
@@ -198,6 +202,15 @@ class Tolerance:
             return rounding
         seen = self._seen.get((part, site), 0.0) if part in ("loss", "norm") else 0.0
         return max(rounding, drift * max(1.0, self.level), FACTOR * seen)
+
+    def flipped(self, site: str) -> float:
+        """How far apart two weights may be after an update, if rounding has turned one of their elements around.
+
+        Its gradient is then nothing but rounding. That is so seldom that what was measured knows nothing of it, and in
+        one weight of a step at most: more than that is none.
+        """
+        known = self.fixed is None and self.noise.measured and self._gradients > 0
+        return self._before.get(site, 0.0) + self.noise.flipped(site) if known else 0.0
 
     def saw(self, part: Part, site: str, distance: float) -> None:
         """Take note of how far two numbers are apart that count as equal, or of which nothing can be said."""

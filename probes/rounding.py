@@ -36,6 +36,7 @@ FLIPPED = 2.0  # of an update's element, the most that rounding can change: its 
         "rounding.norm": Stage("norm", "rounding"),
         "rounding.weight": Stage("weight", "rounding"),
         "rounding.weight_drift": Stage("weight", "drift"),
+        "rounding.update": Stage("update", "rounding"),
         "rounding.value_drift": Stage("value", "drift"),
         "rounding.loss_drift": Stage("loss", "drift"),
         "rounding.gradient_drift": Stage("gradient", "drift"),
@@ -57,7 +58,9 @@ class Rounding(Probe):
     element of an update changes by as much, relatively, as that of the gradient did, and at most to the opposite. That
     is what an optimiser that divides each element by its size makes of a gradient that is nothing but rounding. Records
     the same with ``_drift`` behind the name: how far rounding in one step moves the next. Where a function has a kink,
-    as a ReLU has, gradients are said to move by 1/sqrt(N) at least, as if one of the N elements passed it.
+    as a ReLU has, gradients are said to move by 1/sqrt(N) at least, as if one of the N elements passed it. And records
+    ``rounding.update``, how far a weight is moved if the element that changed most is updated to the opposite: its
+    gradient is then nothing but rounding, which is seldom seen in a few rows.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -102,9 +105,11 @@ class Rounding(Probe):
         steady = torch.where(steady, 1.0, torch.nan)
         step.record_all("rounding.weight", tuple(before), _units(before.values(), first.out.device))
         _record(step, "", first, second, sent, steady)
+        largest = {name: _largest(run.parameters[name], old) for name, old in before.items()}
         moved = self._drift(run, before, first, second)
         if moved:
             step.record_all("rounding.weight_drift", tuple(moved), torch.stack(list(moved.values())) * steady)
+            step.record_all("rounding.update", tuple(largest), torch.stack(list(largest.values())) * steady)
             third = self._pass(run, rows, sent)
             assert third is not None
             # Weights that moved a little let here and there an element pass a kink, perhaps on rows not seen here.
@@ -198,6 +203,11 @@ def _sent_apart(change: Tensor, sent: Tensor) -> Tensor:
     bend = max(0.5, 2 / classes) * size.clamp_min(classes / sent.numel())
     apart: Tensor = bend * _size(change) / _size(rows).clamp_min(1e-30)
     return apart
+
+
+def _largest(weight: Tensor, before: Tensor) -> Tensor:
+    """How far a weight is moved, relatively, if the element that changed most changes to the opposite."""
+    return FLIPPED * (weight.detach() - before).abs().max().double() / _size(weight).clamp_min(1e-30)
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:

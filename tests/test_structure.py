@@ -27,6 +27,7 @@ LEVELS = [
         "processes",
         "points",
         "tolerance",
+        "judging",
         "where",
         "blame",
         "explain",

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lab.judging import judged
+from lab.points import Point
 from lab.stages import Stage
 from lab.store import History, Row
 from lab.tolerance import ALONE, FACTOR, HALF, NORMAL, Noise, Tolerance
@@ -121,6 +123,33 @@ def test_gradients_may_move_by_what_the_loss_sends_only_where_outputs_moved() ->
 def test_a_number_that_rounding_may_have_moved_by_half_of_itself_tells_nothing() -> None:
     assert measured(value=0.1).of("value", "value") == pytest.approx(0.4)
     assert measured(value=0.2).of("value", "value") == float("inf")
+
+
+def updates(*apart: float, gradients: float = 1e-7) -> list[bool]:
+    """Whether each weight differs after an update in which rounding may have turned an element of each around."""
+    names = [f"{i}.weight" for i in range(len(apart))]
+    stages = {
+        "weight": Stage("weight", "rounding"),
+        "drift": Stage("weight", "drift"),
+        "flip": Stage("update", "rounding"),
+        "gradient": Stage("gradient", "rounding"),
+    }
+    keys = [(metric, name) for metric in stages for name in names]
+    known = {"weight": 1e-7, "drift": 1e-6, "flip": 1e-2, "gradient": 1e-7}
+    history = History(stages=stages)
+    history.add(0, Row(tuple(keys), torch.tensor([known[metric] for metric, _ in keys], dtype=torch.float64).numpy()))
+    judge = Tolerance(Noise((history, History())))
+    found = [Point(0, "gradient", "g", name, 1.0, 1.0, gradients) for name in names]
+    found += [Point(0, "update", "w", name, 1.0, 1.0, distance) for name, distance in zip(names, apart, strict=True)]
+    (step,) = judged(iter(found), judge)
+    return [point.differs for point in step if point.part == "update"]
+
+
+def test_in_a_single_weight_rounding_may_turn_an_element_around() -> None:
+    assert updates(1e-6, 1e-3, 1e-6) == [False, False, False]
+    assert updates(1e-6, 1e-1, 1e-6) == [False, True, False]  # that is more than one element
+    assert updates(1e-6, 1e-3, 1e-3) == [False, True, True]  # in two weights at once it is no chance
+    assert updates(1e-6, 1e-3, 1e-6, gradients=0.0) == [False, True, False]  # nothing was rounded otherwise
 
 
 def test_a_network_in_another_order_of_sums_stays_within_what_was_measured() -> None:
