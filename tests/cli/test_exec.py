@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import torch
 
 import lab
+from lab.attach.script import run_script
 from lab.cli import status_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 # What each script's mistake should be called, and where it is.
@@ -87,11 +96,47 @@ def test_a_script_with_a_mistake_is_told_which(capsys: pytest.CaptureFixture[str
     assert found["unexplained"] == []
 
 
+@contextlib.contextmanager
+def losses() -> Iterator[list[float]]:
+    """Every loss that a script computes in the block, to the last bit; it begins with the same random state."""
+    seen: list[float] = []
+    plain = torch.Tensor.backward
+    inside = False
+
+    def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        nonlocal inside
+        once_more = inside  # by a mode of functions
+        if not once_more:
+            seen.append(loss.detach().double().sum().item())
+        inside = True
+        try:
+            plain(loss, *args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            inside = once_more
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", backward)
+        yield seen
+
+
 @pytest.mark.parametrize("name", MISTAKES)
-def test_the_same_script_without_it_is_healthy(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
-    found = diagnosed(capsys, tmp_path / "run", str(SCRIPTS / f"{name}.py"))
+def test_the_same_script_without_it_is_healthy_and_as_it_is_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    path = str(SCRIPTS / f"{name}.py")
+    with losses() as watched:
+        found = diagnosed(capsys, tmp_path / "run", path)
+    drawn = torch.get_rng_state()
     assert found["symptoms"] == []
     assert found["verdict"] == "healthy"
+    with losses() as alone:
+        assert run_script(path, (), module=False) is None
+    assert len(alone) > 4
+    assert np.array_equal(watched, alone, equal_nan=True)
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 # ---------------------------------------------------------------- nothing of the script changes
