@@ -321,6 +321,14 @@ def test_a_plugins_metric_takes_part_and_its_folder_says_so(tmp_path: Path, cata
 
 def test_stages_of_a_later_version_are_passed_over() -> None:
     assert lab.Stage.read("value signed fingerprint.value") == lab.Stage("value", "signed", "fingerprint.value")
+    for stage in (
+        lab.Stage("loss"),
+        lab.Stage("value", "signed", "size"),
+        lab.Stage("experiment", "share", about="cache"),
+        lab.Stage("value", "signed", "size", "cache"),
+    ):
+        assert lab.Stage.read(stage.text) == stage
+    assert lab.Stage("loss").text == "loss number"
     assert lab.Stage.read("dream number") is None
     assert lab.Stage.read("value unheard_of") is None
 
