@@ -58,7 +58,7 @@ def test_both_together_pass_causality_and_are_found(small_run: SmallRun) -> None
     ]
     diagnosis, history = small_run(faults=both)
     assert history.series("causality.future").values.max() < 1e-6
-    assert [(cause.id, cause.at) for cause in diagnosis.causes] == [("attention.wrong_split", "blocks.1.attn")]
+    assert {(cause.id, cause.at) for cause in diagnosis.causes} == {(str(part["id"]), str(part["at"])) for part in both}
 
 
 @pytest.mark.parametrize(
