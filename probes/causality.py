@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from lab import NotChecked, Probe, Symptom, probe, rule, torch
 from lab import numpy as np
+
+from .hooked import Hooked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,27 +93,17 @@ class Causality(Probe):
                     step.record("causality.module_past", local[1], name)
 
 
-class _Calls:
+class _Calls(Hooked):
     """While in the block, notes what goes in and comes out of each module that maps [B T ...] or [B C T] to such.
 
     What does not require a gradient, as in a model of which most is frozen, is exchanged for a copy that does.
     """
 
     def __init__(self, model: nn.Module, rows: int, length: int, *, everywhere: bool) -> None:
-        self.model, self.shape, self.everywhere = model, (rows, length), everywhere
+        super().__init__(model)
+        self.shape, self.everywhere = (rows, length), everywhere
         self.begins: list[Tensor] = []  # what to differentiate by: the first, and each such copy
         self.made: list[tuple[str, Tensor, Tensor]] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        for name, module in self.model.named_modules():
-            if name:
-                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
         def note(

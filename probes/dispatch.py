@@ -16,6 +16,28 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product
 ATTENDS = ("mm", "bmm", "_scaled_dot_product")
 
 
+class Memory:
+    """Names for the memory of tensors, which is held until it is cleared: a name that is freed would be given anew."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Any] = {}
+
+    def key(self, value: Tensor) -> int:
+        """The name of what a tensor lies in."""
+        try:
+            storage = value.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # it has none of its own, as a sparse one
+            self._held[id(value)] = value
+            return id(value)
+        key = int(storage._cdata)  # noqa: SLF001
+        self._held[key] = storage
+        return key
+
+    def clear(self) -> None:
+        """Let go of it all."""
+        self._held.clear()
+
+
 @dataclass
 class Call:
     """One call of a module, with all that it calls.
@@ -69,7 +91,7 @@ class Trace:
     joined: dict[str, float] = field(default_factory=dict)
     _open: list[Call] = field(default_factory=list)
     _depth: dict[int, int] = field(default_factory=dict)
-    _alive: dict[int, Any] = field(default_factory=dict)
+    _memory: Memory = field(default_factory=Memory)
     _seen: set[Any] = field(default_factory=set)
     _sliced: dict[Any, set[tuple[int, ...]]] = field(default_factory=dict)
     _chains: dict[int, _Chain] = field(default_factory=dict)
@@ -78,7 +100,7 @@ class Trace:
     def run(self, model: nn.Module, inputs: Iterable[Tensor], call: Callable[[], Any]) -> None:
         """Call the model, and note what it does."""
         for value in inputs:
-            self._depth[self._key(value)] = 0
+            self._depth[self._memory.key(value)] = 0
         handles = []
         for path, module in model.named_modules():
             # The core of an attention layer carries the name of the layer, as its sites do.
@@ -94,7 +116,7 @@ class Trace:
 
     def _begins(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            depths = [self._depth.get(self._key(value), 0) for value in _tensors((args, kwargs))]
+            depths = [self._depth.get(self._memory.key(value), 0) for value in _tensors((args, kwargs))]
             begin = max(depths, default=0)
             self._open.append(Call(name, begin, begin))
 
@@ -111,13 +133,13 @@ class Trace:
         if not self._open:
             return
         given, made = _tensors((args, kwargs)), _tensors(out)
-        known = [value for value in given if self._key(value) in self._depth]
+        known = [value for value in given if self._memory.key(value) in self._depth]
         if not known:
             return
         name = func.overloadpacket.__name__
         call = self._open[-1]
         if name == "_local_scalar_dense":
-            if given[0].is_floating_point() and self._depth[self._key(given[0])] > 0:
+            if given[0].is_floating_point() and self._depth[self._memory.key(given[0])] > 0:
                 _count(self.reads, call.name)
             return
         writes = func._schema.is_mutable  # noqa: SLF001 - torch offers no other way to ask
@@ -126,29 +148,29 @@ class Trace:
         if name.startswith(PRODUCTS):
             self._product(name, call, given, args)
         self._concatenation(name, call, given, made)
-        before = {self._key(value) for value in given}
-        written = {self._key(value) for value in made}
+        before = {self._memory.key(value) for value in given}
+        written = {self._memory.key(value) for value in made}
         if written <= before and not writes:
             return  # a view: nothing was computed
         if not writes and len(made) == 1 and [v.shape for v in given if v.dim()] == [made[0].shape]:
-            self._origin[self._key(made[0])] = self._slice_of(known[0])
-        depths = [self._depth[self._key(v)] for v in known if not (writes and self._key(v) in written)]
+            self._origin[self._memory.key(made[0])] = self._slice_of(known[0])
+        depths = [self._depth[self._memory.key(v)] for v in known if not (writes and self._memory.key(v) in written)]
         depth = 1 + max(depths, default=0)
         for value in made:
-            key = self._key(value)
+            key = self._memory.key(value)
             self._depth[key] = max(depth, self._depth.get(key, 0))
             call.end = max(call.end, self._depth[key])
 
     def _product(self, name: str, call: Call, given: list[Tensor], args: Any) -> None:
         call.products += 1
-        layout = tuple((self._key(v), v.storage_offset(), tuple(v.shape), v.stride(), v._version) for v in given)
+        layout = tuple((self._memory.key(v), v.storage_offset(), tuple(v.shape), v.stride(), v._version) for v in given)
         numbers = tuple(repr(a) for a in args if not torch.is_tensor(a))
         if (name, layout, numbers) in self._seen:
             _count(self.again, call.name)
         self._seen.add((name, layout, numbers))
         if not name.startswith(ATTENDS) or len(given) < 2 or given[0].shape[-2] != self.length:
             return
-        if all(self._key(value) in self._depth for value in given[:2]):
+        if all(self._memory.key(value) in self._depth for value in given[:2]):
             (first, begin), (second, _) = (self._slice_of(value) for value in given[:2])
             where = (name, first, second, tuple(given[0].shape), tuple(given[1].shape))
             slices = self._sliced.setdefault(where, set())
@@ -157,33 +179,22 @@ class Trace:
 
     def _slice_of(self, value: Tensor) -> tuple[int, tuple[int, ...]]:
         """The memory that a tensor is a part of, or a scaled copy of a part of, and where that part begins."""
-        key = self._key(value)
+        key = self._memory.key(value)
         root, begin = self._origin.get(key, (key, ()))
         return root, (*begin, int(value.storage_offset()))
 
     def _concatenation(self, name: str, call: Call, given: list[Tensor], made: list[Tensor]) -> None:
-        keys = [self._key(value) for value in given]
+        keys = [self._memory.key(value) for value in given]
         if name == "cat" and made:
             unused = [self._chains[k] for k in keys if k in self._chains and not self._chains[k].uses]
             written = made[0].numel() + max((chain.written for chain in unused), default=0)
-            self._chains[self._key(made[0])] = _Chain(written)
+            self._chains[self._memory.key(made[0])] = _Chain(written)
             ratio = written / max(1, made[0].numel())
             self.joined[call.name] = max(self.joined.get(call.name, 1.0), ratio)
-        elif not made or self._key(made[0]) not in keys:
+        elif not made or self._memory.key(made[0]) not in keys:
             for key in keys:
                 if key in self._chains:
                     self._chains[key].uses += 1
-
-    def _key(self, value: Tensor) -> int:
-        """Name the memory of a tensor, and hold it: a name that is freed would be given to another."""
-        try:
-            storage = value.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # it has none of its own, as a sparse one
-            self._alive[id(value)] = value
-            return id(value)
-        key = int(storage._cdata)  # noqa: SLF001
-        self._alive[key] = storage
-        return key
 
 
 def listening(tell: Callable[[Any, Any, Any, Any], None]) -> Any:

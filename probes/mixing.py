@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lab import LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
+
+from .hooked import Hooked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,23 +127,13 @@ class _Look(NamedTuple):
         return change.masked_fill(self.changes(was[0], now[0]) > ROUNDING, 0.0)
 
 
-class _Calls:
+class _Calls(Hooked):
     """While in the block, notes what goes in and comes out of each module that maps [R T ...] to [R T ...]."""
 
     def __init__(self, model: nn.Module | None, look: _Look) -> None:
-        self.model, self.look = model, look
+        super().__init__(model)
+        self.look = look
         self.made: dict[str, tuple[Tensor | None, Tensor]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        for name, module in self.model.named_modules() if self.model is not None else ():
-            if name:
-                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lab import torch
 
-from .dispatch import _tensors, listening
+from .dispatch import Memory, _tensors, listening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -51,7 +51,7 @@ class Operands:
     joined: dict[str, Tensor] = field(default_factory=dict)
     hidden: dict[str, Tensor] = field(default_factory=dict)
     _open: list[str] = field(default_factory=list)
-    _alive: dict[int, Any] = field(default_factory=dict)
+    _memory: Memory = field(default_factory=Memory)
     _given: set[int] = field(default_factory=set)  # memory that depends on the batch
     _scores: set[int] = field(default_factory=set)
     _patterns: dict[int, Pattern] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Operands:
 
     def run(self, model: nn.Module, inputs: Iterable[Tensor], call: Callable[[], Any]) -> None:
         """Call the model, and follow what it multiplies."""
-        self._given = {self._key(value) for value in inputs}
+        self._given = {self._memory.key(value) for value in inputs}
         handles = []
         for path, module in model.named_modules():
             # The core of an attention layer carries the name of the layer, as its sites do.
@@ -67,13 +67,12 @@ class Operands:
             handles.append(module.register_forward_pre_hook(self._begins(name)))
             handles.append(module.register_forward_hook(self._ends))
         try:
-            # PyTorch's own layers have a path of their own for evaluation, in one operator, and leave it for a mode.
-            with _same_path(), listening(self._operator):
+            with listening(self._operator):
                 call()
         finally:
             for handle in handles:
                 handle.remove()
-            for kept in (self._alive, self._patterns, self._averages):
+            for kept in (self._memory, self._patterns, self._averages):
                 kept.clear()
 
     def _begins(self, name: str) -> Callable[..., None]:
@@ -84,17 +83,17 @@ class Operands:
 
     def _operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         given, made = _tensors((args, kwargs)), _tensors(out)
-        keys = [self._key(value) for value in given]
+        keys = [self._memory.key(value) for value in given]
         if not made or self._given.isdisjoint(keys) or any(value.is_nested for value in (*given, *made)):
             return
-        name, key = func.overloadpacket.__name__, self._key(made[0])
+        name, key = func.overloadpacket.__name__, self._memory.key(made[0])
         if func._schema.is_mutable:  # noqa: SLF001 - torch offers no other way to ask
             self._written(name.rstrip("_"), key)
         elif key not in keys and name in SCORED and not self._scores.isdisjoint(keys):
             self._scores.add(key)
         if name in COPIES and made[0].numel() == given[0].numel():
             self._copied(keys[0], key)
-        self._given |= {self._key(value) for value in made}
+        self._given |= {self._memory.key(value) for value in made}
         if name in SOFTMAX and keys[0] in self._scores:
             self._patterns[key] = Pattern(made[0], args[1] % made[0].dim())
         elif name in PRODUCTS:
@@ -124,7 +123,7 @@ class Operands:
     def _product(self, pair: list[Tensor], keys: list[int], made: Tensor) -> None:
         if not self._given.issuperset(keys):
             return  # one of the two is a weight
-        self._scores.add(self._key(made))
+        self._scores.add(self._memory.key(made))
         found = [key in self._patterns for key in keys]
         if found.count(True) != 1:
             return
@@ -142,12 +141,12 @@ class Operands:
             average = made if left else made.transpose(1, 2)  # [B*H T D]
             heads = pattern.value.shape[:2]
             if len(average) == heads.numel():
-                self._averages[self._key(made)] = average.reshape(*heads, *average.shape[1:])
+                self._averages[self._memory.key(made)] = average.reshape(*heads, *average.shape[1:])
 
     def _fused(self, given: list[Tensor], mask: Any, made: Tensor) -> None:
         if len(given) < 3 or made.dim() != 4:
             return
-        self._averages[self._key(made)] = made
+        self._averages[self._memory.key(made)] = made
         mask = mask[0] if isinstance(mask, tuple) and mask else mask
         if torch.is_tensor(mask) and mask.is_floating_point() and mask.shape[-1] == given[1].shape[-2]:
             batch, heads, length = made.shape[:3]
@@ -174,17 +173,6 @@ class Operands:
         before = where.get(self._module)
         where[self._module] = value if before is None else torch.maximum(before, value)
 
-    def _key(self, value: Tensor) -> int:
-        """Name the memory of a tensor, and hold it: a name that is freed would be given to another."""
-        try:
-            storage = value.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # it has none of its own, as a sparse one
-            self._alive[id(value)] = value
-            return id(value)
-        key = int(storage._cdata)  # noqa: SLF001
-        self._alive[key] = storage
-        return key
-
 
 def _unevenness(operand: Tensor, pattern: Pattern, contracted: int) -> Tensor:  # -> []
     """How far the sums along the contracted axis are apart; 0 unless it is another one that sums to 1.
@@ -197,13 +185,3 @@ def _unevenness(operand: Tensor, pattern: Pattern, contracted: int) -> Tensor:  
     other = across | (pattern.axis < pattern.value.dim() - 2)
     spread = sums.amax() - sums.amin()
     return torch.where(other & spread.isfinite(), spread, 0.0)
-
-
-def _same_path() -> Any:
-    """Return a block in which every function does what it does."""
-
-    class Same(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **(kwargs or {}))
-
-    return Same()

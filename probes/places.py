@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lab import Cause, NotChecked, Probe, Symptom, probe, rule, torch
 
+from .hooked import Hooked
 from .mixing import ROUNDING, ROUTED, _rows_first
 
 if TYPE_CHECKING:
@@ -136,23 +137,13 @@ def _apart(value: Tensor) -> Tensor:  # [K ...] -> []
     return apart / flat.abs().amax().clamp_min(1e-30)
 
 
-class _Calls:
+class _Calls(Hooked):
     """While in the block, notes how far rows are apart that come out of a module which is given equal ones."""
 
     def __init__(self, model: nn.Module, rows: int) -> None:
-        self.model, self.rows = model, rows
+        super().__init__(model)
+        self.rows = rows
         self.apart: dict[str, Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        for name, module in self.model.named_modules():
-            if name:
-                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:

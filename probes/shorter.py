@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lab import LabError, NotChecked, Probe, probe, torch
 
+from .hooked import Hooked
 from .mixing import NOTHING, ROUNDING, ROUTED
 
 if TYPE_CHECKING:
@@ -122,23 +123,13 @@ def _change(was: Tensor, now: Tensor, there: Tensor) -> Tensor:  # -> []
     return (now.float() - was.float()).abs().amax() / was.float().abs().amax().clamp_min(1e-30)
 
 
-class _Calls:
+class _Calls(Hooked):
     """While in the block, notes what goes in and comes out of each module that maps [1 T ...] to [1 T ...]."""
 
     def __init__(self, model: nn.Module, length: int, *, everywhere: bool) -> None:
-        self.model, self.length, self.everywhere = model, length, everywhere
+        super().__init__(model if everywhere else None)
+        self.length = length
         self.made: Made = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        for name, module in self.model.named_modules() if self.everywhere else ():
-            if name:
-                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:

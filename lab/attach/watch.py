@@ -20,7 +20,8 @@ from lab.attach.findings import Findings
 from lab.attach.intercept import Calls, LossCalls, after_closure, closure_of, maker
 from lab.attach.modules import Hook, ModuleSites
 from lab.attach.passes import Passes
-from lab.context import IGNORED, Batch, Clip, Run, Step, autocast_now, first_tensor
+from lab.attach.targets import beside, last_left_out, same
+from lab.context import Batch, Clip, Run, Step, autocast_now, first_tensor
 from lab.errors import NotChecked
 from lab.files import METRICS, new_folder, write_run_file
 from lab.manager import Manager, discover
@@ -292,12 +293,12 @@ class Watch:
         if not self._training or step.batch is None or not logits.requires_grad:
             return
         inputs = step.batch.inputs
-        if logits.dim() == 2 and not _last_left_out(targets, inputs):
+        if logits.dim() == 2 and not last_left_out(targets, inputs):
             step.logits = logits
         elif inputs is not None and logits.dim() == inputs.dim() + 1:
-            self.run.classes_second = step.logits is not None and _same(step.logits, logits)
+            self.run.classes_second = step.logits is not None and same(step.logits, logits)
             step.logits = logits.movedim(1, -1)  # cross_entropy takes classes second
-        step.batch.targets = _beside(targets, inputs)
+        step.batch.targets = beside(targets, inputs)
 
     def _distance(self, outputs: Tensor, targets: Tensor) -> None:
         """Take the shapes of what a regression compares."""
@@ -396,24 +397,3 @@ class Watch:
         self._begin(step.index + 1)
         if self.findings is not None:
             self.findings.tell()
-
-
-def _same(answer: Tensor, logits: Tensor) -> bool:
-    """Whether a loss was given a model's answer as it lies; of [N N] nobody knows, but where it is the same memory."""
-    if answer.shape != logits.shape or len({*logits.shape[1:]}) > 1:
-        return answer.shape == logits.shape
-    return answer.data_ptr() == logits.data_ptr() and answer.stride() == logits.stride()
-
-
-def _last_left_out(targets: Tensor, inputs: Tensor | None) -> bool:
-    """Whether there is a target for each token but the last of a row, as where a model shifts its labels itself."""
-    return inputs is not None and inputs.dim() == 2 and targets.numel() == inputs.numel() - len(inputs)
-
-
-def _beside(targets: Tensor, inputs: Tensor | None) -> Tensor:
-    """Give targets the shape of the tokens to which they belong, where that is known; the last ones may be ignored."""
-    if inputs is not None and inputs.numel() == targets.numel():
-        return targets.reshape(inputs.shape)
-    if inputs is not None and _last_left_out(targets, inputs):
-        return torch.nn.functional.pad(targets.reshape(len(inputs), -1), (0, 1), value=IGNORED)
-    return targets

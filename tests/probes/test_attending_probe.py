@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lab.sandbox import sandbox
+from lab.sites import Sites
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -202,7 +205,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def followed(model: nn.Module, x: Tensor) -> Any:
     found = operands.Operands(len(x))
-    with torch.no_grad():
+    with sandbox(model, Sites()), torch.no_grad():  # as each experiment is made
         found.run(model.eval(), [x], lambda: model(x))
     return found
 
@@ -321,7 +324,7 @@ def test_what_is_hidden_is_read_from_any_attention(core: str, wrong: bool) -> No
     tokens = padded([5, 4, 3, 2])
     model, found = Reader(core).eval(), operands.Operands(len(tokens))
     hidden = (tokens != 0) == wrong
-    with torch.no_grad():
+    with sandbox(model, Sites()), torch.no_grad():
         found.run(model, [tokens, hidden], lambda: model(tokens, hidden))
     (seen,) = found.hidden.values()
     assert torch.equal(seen, hidden)
