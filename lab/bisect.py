@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lab.commits import Bench, Script
-    from lab.diff import Compared
+    from lab.difference import Compared
 
 Verdict = Literal["agrees", "differs", "skipped"]
 

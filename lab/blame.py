@@ -10,10 +10,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lab.points import by_step
+from lab.where import LOOP
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lab.points import Point
+    from lab.store import History
 
 WHOLE = 1e-5  # what a share may be more than all of it, by rounding
 LEAST = 3  # gradients that have to agree on it: of fewer, it may be chance
@@ -27,11 +31,32 @@ class Blame:
         where: The part of the loop.
         why: What it did, by the name by which `lab.explain` knows it.
         number: How often, or by how much, where that is known.
+        says: What a flag tells of the one run of which it is so.
     """
 
     where: str
     why: str
     number: float | None = None
+    says: str = ""
+
+
+def of_flags(runs: tuple[History, History], first: Point) -> Blame | None:
+    """Say what a probe found of one run alone that explains why their first difference is there; None if nothing.
+
+    It is asked in the first step from that one on in which both looked; before, both have to have been alike.
+    """
+    stages = {**runs[1].stages, **runs[0].stages}
+    for metric, stage in stages.items():
+        if stage.kind != "flag" or stage.part != first.part:
+            continue
+        mine, others = (by_step(history, metric) for history in runs)
+        steps = sorted(mine.keys() & others.keys())
+        unlike = [step for step in steps if (mine[step] == 0) != (others[step] == 0)]
+        looked = next((step for step in steps if step >= first.step), None)
+        if unlike and unlike[0] == looked:
+            of_first = others[looked] == 0
+            return Blame(stage.about or LOOP[stage.part], "first" if of_first else "second", says=stage.says)
+    return None
 
 
 def of_gradients(

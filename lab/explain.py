@@ -10,10 +10,13 @@ from lab.stages import PARTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lab.diff import Agreed, Difference
+    from lab.blame import Blame
+    from lab.difference import Agreed, Difference
     from lab.points import Point
     from lab.stages import Part
+    from lab.work import Amount, Work
 
+FEW = 5  # places, of many
 LARGE = 1e6  # what is as large is a hash, and says nothing to a reader
 
 
@@ -27,6 +30,8 @@ def sentences(found: Difference) -> list[str]:
     said = [_agreement(found) if found.first is None else _parting(found, found.first)]
     if found.first is not None:
         said += [_reason(found, found.first), _inside(found, found.first)]
+    else:
+        said += _work(found.work)
     return [sentence for sentence in [*said, *_limits(found)] if sentence]
 
 
@@ -34,7 +39,10 @@ def headline(found: Difference) -> str:
     """Say it in one line."""
     if found.first is None:
         closest = max((agreed.closest for agreed in (*found.earlier, *found.before)), default=0.0)
-        return f"they agree {'to the last bit' if closest == 0 else _within(found, 'float noise')}"
+        agree = f"agree {'to the last bit' if closest == 0 else _within(found, 'float noise')}"
+        if not found.work.amounts:
+            return f"they {agree}"
+        return f"their numbers {agree}, their work differs at {found.work.where} from step {found.work.step} on"
     where = found.first.at and f" at {found.first.at}"
     return f"they part at step {found.first.step}{where}, in the {PARTS[found.first.part]}"
 
@@ -76,9 +84,7 @@ def _reason(found: Difference, first: Point) -> str:
     """Say what the first difference points to, beyond the place that it is at."""
     differ, count = found.beside
     if found.blame is not None:
-        number = found.blame.number
-        why = "unlike" if found.blame.why == "exchanged" and number is None else found.blame.why
-        return _BLAMED[why].format(factor=number)
+        return _blamed(found.blame)
     if found.where in _REASONS and not (first.inside and found.where == first.at):
         return _REASONS[found.where].format(count=count)
     if first.part == "value" and found.where in (site.removesuffix(".out") for site in found.only[0] + found.only[1]):
@@ -89,6 +95,14 @@ def _reason(found: Difference, first: Point) -> str:
         told = f"It comes after {found.after}, which agrees: what makes them differ lies between the two."
         return f"{told} Of the {count} such numbers in this step {differ} differ."
     return f"Of the {count} such numbers in this step {differ} differ." if count > 1 else ""
+
+
+def _blamed(blame: Blame) -> str:
+    """Say what the loop did."""
+    if blame.says:
+        return f"In the {blame.why} run alone, {blame.says}."
+    why = "unlike" if blame.why == "exchanged" and blame.number is None else blame.why
+    return _BLAMED[why].format(factor=blame.number)
 
 
 # What each part of a training loop has done where it is to blame, by its name in `lab.where`.
@@ -132,6 +146,38 @@ def _inside(found: Difference, first: Point) -> str:
     return (
         f"Values inside were {no}{seen}: to see where at step {first.step}, record both with examinations in each step."
     )
+
+
+def _work(work: Work) -> list[str]:
+    """Say how the work of runs whose numbers agree compares."""
+    if not work.amounts:
+        alike = f"The work that was counted is the same as well, in {work.count} amounts."
+        return [alike if work.count else "The work that they took was not counted by both."]
+    here = [amount for amount in work.amounts if (amount.at or amount.about) == work.where]
+    said = [f"Of {work.count} amounts of work the first to differ is at {work.where}, {_since(here[0])}:"]
+    said[0] += f" {'; '.join(map(_amount, here))}."
+    rest = work.amounts[len(here) :]
+    whole = [amount for amount in rest if not amount.at]
+    if whole:
+        said.append(f"In all: {'; '.join(map(_amount, whole))}.")
+    places = dict.fromkeys(amount.at for amount in rest if amount.at and not work.where.startswith(f"{amount.at}."))
+    if places:
+        said.append(f"So it is in {_list([*places][:FEW])}{f' and {len(places) - FEW} more' * (len(places) > FEW)}.")
+    return said
+
+
+def _since(amount: Amount) -> str:
+    if amount.before is None:
+        return f"at step {amount.step}, where it was counted first"
+    return f"at step {amount.step} (at step {amount.before} it was the same)"
+
+
+def _amount(amount: Amount) -> str:
+    return f"{_count(amount.a)} and {_count(amount.b)} {amount.says}"
+
+
+def _count(number: float) -> str:
+    return f"{number:.0f}" if number == round(number) else f"{number:.2g}"
 
 
 def _limits(found: Difference) -> list[str]:

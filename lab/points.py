@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from lab.store import History
 
 INSIDE: tuple[Part, ...] = ("weight", "value", "gradient")  # what a model is made of
-BESIDE = {"parts", "rounding", "drift"}  # kinds of metrics that are not compared themselves
+BESIDE = {"parts", "rounding", "drift", "flag"}  # kinds of metrics that are not compared themselves
+APART = ("setting", "work")  # parts that are compared by themselves
 ALWAYS: tuple[Part, ...] = ("value", "gradient")  # in which what one run has and the other lacks is a difference
 PLACES: tuple[Part, ...] = (
     *INSIDE,
@@ -87,7 +88,7 @@ def points(a: History, b: History, order: dict[str, int]) -> Iterator[Point]:
 def compared(a: History, b: History) -> dict[str, Stage]:
     """The metrics that two runs are compared by, and where each belongs."""
     known = {**b.stages, **a.stages}
-    return {m: s for m, s in known.items() if s.kind not in BESIDE and s.part != "setting"}
+    return {m: s for m, s in known.items() if s.kind not in BESIDE and s.part not in APART}
 
 
 def _parts(history: History) -> list[float]:
@@ -110,8 +111,8 @@ def _pairs(
     a: History, b: History, metric: str, site: str, stage: Stage, *, missing: bool
 ) -> Iterator[tuple[int, float, float, float]]:
     """Yield the steps in which both recorded a number, the two, and how far they are apart; with `missing`, either."""
-    mine, others = _by_step(a, metric, site), _by_step(b, metric, site)
-    sizes = [_by_step(history, stage.size, site) if stage.kind == "signed" else {} for history in (a, b)]
+    mine, others = by_step(a, metric, site), by_step(b, metric, site)
+    sizes = [by_step(history, stage.size, site) if stage.kind == "signed" else {} for history in (a, b)]
     steps = mine.keys() & others.keys()
     if missing:
         steps |= {step for step in mine.keys() ^ others.keys() if step in _steps_of(a, metric) & _steps_of(b, metric)}
@@ -137,7 +138,8 @@ def distance(x: float, y: float, size: float | None = None) -> float:
     return abs(x - y) / size
 
 
-def _by_step(history: History, metric: str, site: str) -> dict[int, float]:
+def by_step(history: History, metric: str, site: str = "") -> dict[int, float]:
+    """What a run recorded of a metric at a site, by step."""
     series = history.series(metric, site)
     return dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
 

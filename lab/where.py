@@ -32,6 +32,7 @@ LOOP: dict[Part, str] = {
     "update": "optimizer",
     "evaluation": "evaluation",
     "experiment": "experiments",
+    "work": "loop",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -28,16 +28,19 @@ NONE = "no training whose evaluation is known, with one target for each token"
     "answers",
     title="Do the same targets count in training and in evaluation, and does the end of a text?",
     cost="ten comparisons of the targets in each of the first steps, then in each fourth",
+    stages={
+        "answers.empty": Stage("batch", "flag", about="targets", says="rows of the batch have no target that counts")
+    },
 )
 class Answers(Probe):
     """Looks at which targets of a row count: from which place on, up to which place, and whether any does.
 
     Records, in the lab's own training, in the first 42 steps and then in each fourth, ``answers.train``, the share of
     the rows of a batch that count from their ``first`` place on, the share that goes on ``after`` the last target that
-    counts (with tokens that are not what fills up the row), and the share of which ``none`` counts; and when the run
-    evaluates ``answers.held_out``, the largest of these shares over ``answers.held_out_batches``. Where next tokens are
-    learned and one is known to end a text: ``answers.ends``, how many follow a target that counts, and
-    ``answers.ends_counted``, how many count themselves.
+    counts (with tokens that are not what fills up the row), and the share of which ``none`` counts, which is
+    ``answers.empty`` as well; and when the run evaluates ``answers.held_out``, the largest of these shares over
+    ``answers.held_out_batches``. Where next tokens are learned and one is known to end a text: ``answers.ends``, how
+    many follow a target that counts, and ``answers.ends_counted``, how many count themselves.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -57,7 +60,9 @@ class Answers(Probe):
             return batch
         if step.mode == "train":
             if step.index < 2 * BATCHES or step.index % SOMETIMES == 0:
-                step.record_all("answers.train", NAMES, _shape(inputs, targets))
+                shares = _shape(inputs, targets)
+                step.record_all("answers.train", NAMES, shares)
+                step.record("answers.empty", shares[-1])
         elif self._held_out is not None:
             self._held_out.append(_shape(inputs, targets))
         return batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,13 @@ class _Call:
         self.wanted = self.wanted or grad is not None
 
 
-@probe("calls", title="Does a batch pass the model again, for nothing?", every=0, cost="a sum over the logits")
+@probe(
+    "calls",
+    title="Does a batch pass the model again, for nothing?",
+    every=0,
+    cost="a sum over the logits",
+    stages={"calls.in_vain": Stage("work", "exact", says="answers computed again, with a graph that nothing uses")},
+)
 class Calls(Probe):
     """Listens to what the model gives out while it builds a graph.
 

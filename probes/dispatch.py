@@ -47,12 +47,16 @@ class Call:
         begin: The longest chain of operators that led to what it is given.
         end: The longest that led to anything inside.
         products: How many matrix products it computes.
+        operators: How many operators compute anything, for which a view of a tensor is none.
+        written: How many bytes they write.
     """
 
     name: str
     begin: int
     end: int
     products: int = 0
+    operators: int = 0
+    written: int = 0
 
     @property
     def depth(self) -> int:
@@ -80,6 +84,7 @@ class Trace:
         again: For each module, products of the same two tensors, computed before.
         slices: For each module, how many products of equal shape were computed on slices of the same two tensors.
         joined: For each module, what was written over what a single concatenation would have written.
+        work: For each module, how many operators its calls took, with all that they call, and the bytes these wrote.
     """
 
     length: int
@@ -89,6 +94,7 @@ class Trace:
     again: dict[str, int] = field(default_factory=dict)
     slices: dict[str, int] = field(default_factory=dict)
     joined: dict[str, float] = field(default_factory=dict)
+    work: dict[str, tuple[int, int]] = field(default_factory=dict)
     _open: list[Call] = field(default_factory=list)
     _depth: dict[int, int] = field(default_factory=dict)
     _memory: Memory = field(default_factory=Memory)
@@ -127,12 +133,18 @@ class Trace:
         self.calls.append(call)
         if self._open:
             self._open[-1].products += call.products
+            self._open[-1].operators += call.operators
+            self._open[-1].written += call.written
             self._open[-1].end = max(self._open[-1].end, call.end)
+        if all(outer.name != call.name for outer in self._open):  # else what it took is counted there
+            operators, written = self.work.get(call.name, (0, 0))
+            self.work[call.name] = operators + call.operators, written + call.written
 
     def _operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if not self._open:
             return
         given, made = _tensors((args, kwargs)), _tensors(out)
+        self._count_work(func, given, made)
         known = [value for value in given if self._memory.key(value) in self._depth]
         if not known:
             return
@@ -160,6 +172,15 @@ class Trace:
             key = self._memory.key(value)
             self._depth[key] = max(depth, self._depth.get(key, 0))
             call.end = max(call.end, self._depth[key])
+
+    def _count_work(self, func: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        """Count what is computed, from the batch or not."""
+        mutates = func._schema.is_mutable  # noqa: SLF001 - torch offers no other way to ask
+        before = set() if mutates else {self._memory.key(value) for value in given}
+        written = [value for value in made if self._memory.key(value) not in before]
+        if written or not made:
+            self._open[-1].operators += 1
+            self._open[-1].written += sum(value.numel() * value.element_size() for value in written)
 
     def _product(self, name: str, call: Call, given: list[Tensor], args: Any) -> None:
         call.products += 1

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 STEPS = 21  # in a row, of which most count: a step that the system interrupts does not
 
 
-@probe("loader", title="What share of a step is spent waiting for its batch?", cost="none")
+@probe(
+    "loader",
+    title="What share of a step is spent waiting for its batch?",
+    cost="none",
+    stages={"loader.share": Stage("work", "timed", about="data", says="of a step spent waiting for its batch")},
+)
 class Loader(Probe):
     """Takes the time of a step, and of its batch within it, by the wall clock.
 

@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 KEPT = 16
 
 
-@probe("memory", title="Bytes held by the process and by weights, gradients and optimiser", every=10, cost="none")
+@probe(
+    "memory",
+    title="Bytes held by the process and by weights, gradients and optimiser",
+    every=10,
+    cost="none",
+    stages={
+        "memory.weights": Stage("work", "exact", about="model", says="bytes of weights"),
+        "memory.gradients": Stage("work", "exact", about="gradients", says="bytes of gradients"),
+        "memory.optimizer": Stage("work", "exact", about="optimizer", says="bytes that the optimiser keeps"),
+    },
+)
 class Memory(Probe):
     """Adds up what is held.
 
@@ -56,7 +66,15 @@ class _Token:
     """Lives as long as the graph that it is laid into."""
 
 
-@probe("kept", title="How many earlier steps still have their graph, or their logits, in memory?", cost="none")
+@probe(
+    "kept",
+    title="How many earlier steps still have their graph, or their logits, in memory?",
+    cost="none",
+    stages={
+        "memory.graphs": Stage("work", "growing", says="earlier steps whose graph is kept"),
+        "memory.logits": Stage("work", "growing", says="earlier steps whose logits are kept"),
+    },
+)
 class Kept(Probe):
     """Notes each step's logits without holding them, and asks later which are still there.
 

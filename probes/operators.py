@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from lab import LabError, NotChecked, Probe, Symptom, probe, rule, torch
+from lab import LabError, NotChecked, Probe, Stage, Symptom, probe, rule, torch
 
 from .dispatch import Trace
 
@@ -28,11 +28,23 @@ HEADS = 4
     cost="two forward passes of two rows, one of half the length",
     examines=True,
     seldom=True,
+    stages={
+        "operators.count": Stage("work", "exact", says="operators of a forward pass"),
+        "operators.bytes": Stage("work", "exact", says="bytes that operators write"),
+        "operators.promoted": Stage("work", "exact", says="operators made float64 by one operand"),
+        "operators.host_reads": Stage("work", "exact", says="numbers read on the host"),
+        "operators.again": Stage("work", "exact", says="products of tensors whose product was there"),
+        "operators.slices": Stage("work", "exact", says="products on slices of the same tensors"),
+        "operators.by_position": Stage("work", "exact", says="more products for each further position"),
+        "operators.joined": Stage("work", "exact", says="times that each joined number is written"),
+    },
 )
 class Operators(Probe):
     """Counts the operators of a forward pass on two rows, and on the first half of them.
 
-    Each for the whole model, and for every module where it is not 0:
+    For every module, and for the whole model under no name, ``operators.count``, how many there are that compute
+    anything, and ``operators.bytes``, how much they write. And for the whole model, and for every module where it is
+    not 0:
 
     ``operators.promoted``, operators in which a tensor computed from the batch became float64 by meeting one of
     float64; ``operators.host_reads``, numbers computed from the batch that were read on the host; ``operators.again``,
@@ -49,6 +61,9 @@ class Operators(Probe):
         whole = _traced(run, rows)
         if not any(p.dtype == torch.float64 for p in run.model.parameters()):
             _record(step, "operators.promoted", whole.promoted)
+        for name, (count, written) in whole.work.items():
+            step.record("operators.count", count, name)
+            step.record("operators.bytes", written, name)
         _record(step, "operators.host_reads", whole.reads)
         _record(step, "operators.again", whole.again)
         _record(step, "operators.slices", whole.slices)

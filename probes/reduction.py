@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 from .ranks import why_not
@@ -30,12 +30,21 @@ FORMS = ("mean", "early")
     title="Is the gradient the mean of the processes' own?",
     every=10,
     cost="a copy of 65,536 numbers and a message of a megabyte, on measured steps",
+    stages={
+        "reduction.early": Stage(
+            "gradient",
+            "flag",
+            about="loop",
+            says="gradients are averaged after the first part of a batch alone",
+        )
+    },
 )
 class Reduction(Probe):
     """Keeps of each weight some numbers of what each backward pass gives, and compares the update's gradient with them.
 
     Records ``reduction.error``: of the gradient, relatively, from a multiple of ``mean`` (the mean over the processes
-    of all parts of the batch) and of ``early`` (of the first part that mean, of the others this process's own). And
+    of all parts of the batch) and of ``early`` (of the first part that mean, of the others this process's own);
+    ``reduction.early``, whether it is the second of these and not the first. And
     ``reduction.ratio``: how many times that mean it is, before it is clipped; ``reduction.world``, how many processes
     there are; ``reduction.parts``, in how many parts the batch passed. For each weight ``reduction.left_out``: whether
     its gradient is a multiple of this process's own, and not of the mean; ``reduction.averaged``, for how many weights
@@ -107,6 +116,7 @@ class Reduction(Probe):
         forms = torch.stack([means[1], means[0] + (parts[1] - parts[0])])  # [2 n k]
         times, error = _multiple(forms.flatten(1), grad.flatten())  # [2] each
         step.record_all("reduction.error", FORMS, error)
+        step.record("reduction.early", ((error[1] < ROUNDING) & (error[0] > APART)).double())
         step.record("reduction.world", float(torch.distributed.get_world_size()))
         step.record("reduction.parts", float(step.parts))
         ratio, every = times[0], [p.grad for p in run.parameters.values() if p.grad is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 LOOKS = 3
 
 
-@probe("threads", title="Are there more threads than cores?", every=10, cost="none")
+@probe(
+    "threads",
+    title="Are there more threads than cores?",
+    every=10,
+    cost="none",
+    stages={"threads.intra_op": Stage("work", "exact", says="threads for an operator")},
+)
 class Threads(Probe):
     """Asks PyTorch for its threads, and the system for the cores that this process may run on.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule, torch
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -27,11 +27,17 @@ OTHERS = "it is not the lab's own training: which tokens there are is not known"
     title="Does the model have the classes that there are, and does each count in the loss?",
     every=0,
     cost="two passes over the logits, on measured steps",
+    stages={
+        "vocabulary.beyond": Stage(
+            "weight", "flag", about="head", says="the model has more classes than the data have tokens, rounded up"
+        )
+    },
 )
 class Vocabulary(Probe):
     """Counts the classes, and computes the loss of the lab's own training again, without each class in turn.
 
     Records ``vocabulary.classes`` and ``vocabulary.tokens``, how many classes there are and how many the data have;
+    ``vocabulary.beyond``, how many classes there are beyond these tokens, rounded up;
     ``vocabulary.loss``, ``vocabulary.whole``, the mean over all targets that count, and of the means without the
     targets of one class the nearest to the loss, ``vocabulary.without``, and that class, ``vocabulary.left_out``;
     ``vocabulary.unevenness``, how far the loss is from the mean over all; and ``vocabulary.present``, how many targets
@@ -51,6 +57,7 @@ class Vocabulary(Probe):
             return loss
         step.record("vocabulary.classes", float(logits.shape[-1]))
         step.record("vocabulary.tokens", float(known))
+        step.record("vocabulary.beyond", float(max(0, logits.shape[-1] - -(-known // ROUND_UP) * ROUND_UP)))
         self._without(step, logits.detach().flatten(0, -2), targets.flatten(), loss.detach().double())
         return loss
 

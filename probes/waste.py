@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from lab import History, Run, Step
 
 
-@probe("waste", title="What evaluation and generation compute in vain", cost="none")
+@probe(
+    "waste",
+    title="What evaluation and generation compute in vain",
+    cost="none",
+    stages={
+        "evaluation.graphs": Stage("work", "exact", about="evaluation", says="answers of an evaluation with a graph"),
+        "generation.repeated": Stage("work", "exact", about="generation", says="positions passed again for each token"),
+    },
+)
 class Waste(Probe):
     """Listens to the calls of the model in evaluation and generation.
 

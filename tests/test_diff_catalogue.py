@@ -20,13 +20,16 @@ HARD = (
     "alignment.reference_averaged",
     "cache.leaked",
     "clip.before_unscale",
+    "data.vocabulary_mismatch",
     "distributed.initialised_apart",
+    "distributed.sync_too_early",
     "loop.no_step",
     "loop.no_zero_grad",
     "loop.zero_grad_late",
     "norm.missing",
     "optimizer.stale_parameters",
     "performance.recompute",
+    "targets.answers_cut",
 )
 
 
@@ -43,8 +46,7 @@ def _benchmark() -> Any:
 benchmark = _benchmark()
 CATALOGUE = discover()
 PLACED: list[str] = benchmark.placed(CATALOGUE)
-TOLD = [fault for fault in PLACED if fault not in benchmark.UNTOLD]
-SAMPLE = sorted({*HARD, *{fault.partition(".")[0]: fault for fault in reversed(TOLD)}.values()})
+SAMPLE = sorted({*HARD, *{fault.partition(".")[0]: fault for fault in reversed(PLACED)}.values()})
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +60,12 @@ def test_a_fault_is_found_at_its_step_and_in_its_place(twins: Any, fault: str) -
     assert found.right, (found.expected, found.step, found.aim.at, found.place)
 
 
-def test_what_cannot_be_told_is_in_the_catalogue_and_is_the_lesser_part() -> None:
-    assert set(benchmark.UNTOLD) <= set(PLACED)
-    assert set(HARD) <= set(TOLD)
-    # All but these few, which the benchmark explains, leave numbers behind that two runs do not share.
-    assert {fault for fault in benchmark.UNTOLD if not fault.startswith("performance.")} == {
-        "data.vocabulary_mismatch",
-        "distributed.sync_too_early",
-        "targets.answers_cut",
-    }
+def test_what_is_tried_is_in_the_catalogue() -> None:
+    assert set(HARD) <= set(PLACED)
 
 
-def test_waste_leaves_every_number_as_it_is(twins: Any) -> None:
-    assert twins.compare("performance.list_grows").difference.first is None
+@pytest.mark.parametrize("fault", ["performance.loop_over_heads", "performance.retained_graph"])
+def test_waste_leaves_every_number_as_it_is_and_is_told_as_work(twins: Any, fault: str) -> None:
+    found = twins.compare(fault)
+    assert found.difference.first is None
+    assert found.right, (found.expected, found.step, found.aim.at, found.place)
