@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import history
 import torch
 
 from lab.attach.intercept import Calls
@@ -185,13 +186,16 @@ def main() -> None:
     tools = {name: tool for name, tool in TOOLS.items() if not given.tool or name in ("nobody", *given.tool)}
     for size in given.size or SIZES:
         seconds = measure(size, given.steps, tools)
-        plain = seconds["nobody"]
+        plain, found = seconds["nobody"], {}
         print(f"\nGPT-2 of transformers, {size}, {BATCH} x {CONTEXT} tokens, {given.steps} steps")
         print(f"{'':36}{'every step':>12}{'all steps':>12}")
         for name, each in seconds.items():
             if name != "nobody":
                 middle = statistics.median(a / b for a, b in zip(each, plain, strict=True))
                 print(f"{name:36}{middle:11.3f}x{sum(each) / sum(plain):11.3f}x", flush=True)
+                found[f"{name}, every step"] = history.figure([a / b for a, b in zip(each, plain, strict=True)])
+                found[f"{name}, all steps"] = history.single(sum(each) / sum(plain))
+        history.append("attach", {"size": size, "steps": given.steps}, found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import history
 import torch
 
 from lab.context import Run, Step
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SIZES = {"6 layers x 256": (6, 256, 8), "4 layers x 64": (4, 64, 4)}
+EACH = {"6 layers x 256": 1.05, "4 layers x 64": 1.15}  # the budgets of DESIGN.md: of a step without experiments
+ALL = {"6 layers x 256": 1.10, "4 layers x 64": 1.25}  # with experiments, over WHOLE steps
+MEMORY, WHOLE = 1.05, 200
 CONTEXT, BATCH = 128, 8
 
 
@@ -103,7 +106,7 @@ def watched(
     return step
 
 
-def compare(size: str, steps: int) -> dict[str, float]:
+def compare(size: str, steps: int) -> dict[str, history.Figure]:
     """Alternate bare and watched steps; return the ratios."""
     with tempfile.TemporaryDirectory() as folder:
         plain = bare(scenario_of(size, steps))
@@ -119,15 +122,16 @@ def compare(size: str, steps: int) -> dict[str, float]:
                 times[name].append(time.perf_counter() - begun)
                 if name == "watched" and not examined and index >= 3:
                     quiet.append(index)
-    each = {name: statistics.median(times[name][i] / times["bare"][i] for i in quiet) for name in ("watched", "full")}
+    each = {name: [times[name][i] / times["bare"][i] for i in quiet] for name in ("watched", "full")}
     total = {name: sum(values[3:]) for name, values in times.items()}
+    whole = {name: seconds / total["bare"] for name, seconds in total.items()}
     return {
-        "bare step, ms": 1e3 * statistics.median(times["bare"]),
-        "every step": each["watched"],
-        "with experiments": total["watched"] / total["bare"],
-        "every step, all probes": each["full"],
-        "with experiments, all probes": total["full"] / total["bare"],
-        "with TensorBoard": total["board"] / total["bare"],
+        "bare step, ms": history.figure([1e3 * seconds for seconds in times["bare"]]),
+        "every step": history.figure(each["watched"], EACH[size]),
+        "with experiments": history.single(whole["watched"], ALL[size] if steps == WHOLE else None),
+        "every step, all probes": history.figure(each["full"]),
+        "with experiments, all probes": history.single(whole["full"]),
+        "with TensorBoard": history.single(whole["board"]),
     }
 
 
@@ -164,8 +168,11 @@ def main() -> None:
     for size in [options.size] if options.size else SIZES:
         figures = compare(size, options.steps)
         if options.memory:
-            figures["peak memory"] = peak_in_child(size, "watched") / peak_in_child(size, "bare")
-        print(f"{size:>16}: " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+            figures["peak memory"] = history.single(
+                peak_in_child(size, "watched") / peak_in_child(size, "bare"), MEMORY
+            )
+        named = {f"{size}: {name}": figure for name, figure in figures.items()}
+        history.tell("overhead", {"steps": options.steps, "size": size}, named)
 
 
 if __name__ == "__main__":

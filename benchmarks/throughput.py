@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
+import history
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SIZES = {"4 layers x 128": (4, 128, 4), "6 layers x 256": (6, 256, 8), "12 layers x 384": (12, 384, 6)}
+# The budgets of DESIGN.md.
+BUDGETS = {"nn.TransformerEncoder": 0.93, "GPT-2, gelu": 0.85, "GPT-2, gelu_new": 0.85}
 VOCABULARY, CONTEXT, BATCH = 512, 128, 8
 
 
@@ -121,7 +123,7 @@ def batch(index: int) -> Tensor:
     return torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(index))
 
 
-def compare(size: tuple[int, int, int], steps: int) -> dict[str, float]:
+def compare(size: tuple[int, int, int], steps: int) -> dict[str, history.Figure]:
     """Alternate the steps of all; return the lab's time as a share of each other's, by the medians of pairs."""
     steppers, against = models(size)
     times: dict[str, list[float]] = {name: [] for name in steppers}
@@ -131,7 +133,9 @@ def compare(size: tuple[int, int, int], steps: int) -> dict[str, float]:
             step(batch(index))
             times[name].append(time.perf_counter() - begun)
     pairs = {name: zip(times[own][3:], times[name][3:], strict=True) for name, own in against.items()}
-    return {name: statistics.median(mine / theirs for mine, theirs in pair) for name, pair in pairs.items()}
+    return {
+        name: history.figure([mine / theirs for mine, theirs in pair], BUDGETS[name]) for name, pair in pairs.items()
+    }
 
 
 KINDS = {"products": ("mm",), "attention": ("scaled_dot_product",), "optimiser": ("adamw",), "GELU": ("gelu",)}
@@ -171,8 +175,8 @@ def main() -> None:
                 said = "  ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
                 print(f"{name:>16}: {model:<22} {said}", flush=True)
             continue
-        figures = compare(size, options.steps)
-        print(f"{name:>16}: " + "  ".join(f"{other} {ratio:.2f}x" for other, ratio in figures.items()), flush=True)
+        figures = {f"{name}: {other}": figure for other, figure in compare(size, options.steps).items()}
+        history.tell("throughput", {"steps": options.steps, "size": name}, figures)
 
 
 if __name__ == "__main__":
