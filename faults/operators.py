@@ -4,14 +4,70 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lab import BadInput, Cause, Fault, fault, torch
+from lab import BadInput, Cause, Fault, NotChecked, Saving, fault, torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from lab import Run
+    from lab import History, Profile, Run
+
+
+def _wide_cost(profile: Profile, _history: History, at: str) -> Saving:
+    """What meets a number of float64 moves, and multiplies, at half the rate."""
+    row, machine = profile.own(at), profile.machine
+    wide = row.formats.get("float64", 0) / machine.flops["float64"]
+    narrow = row.formats.get("float64", 0) / machine.flops["float32"]
+    share = (wide - narrow) / row.roof if wide > row.cost.bytes / machine.bytes else 0.5
+    return Saving(
+        share * row.seconds, f"{row.cost.calls} operators in {row.seconds * 1e3:.3g} ms, and half the bytes would do"
+    )
+
+
+def _read_cost(profile: Profile, history: History, at: str) -> Saving:
+    reads = float(history.last("operators.host_reads", at))
+    return Saving(
+        reads * profile.machine.operator, f"{reads:.0f} numbers are read in each pass; on this device that is short"
+    )
+
+
+def _again_cost(profile: Profile, history: History, at: str) -> Saving:
+    again, row = float(history.last("operators.again", at)), profile.at(at)
+    products = profile.at(at, "forward").cost.products
+    if not products:
+        raise NotChecked("no product was counted there")
+    why = f"{again:.0f} of {products} products is one of those before, in {row.seconds * 1e3:.3g} ms"
+    return Saving(row.seconds * again / products, why)
+
+
+def _pieces_cost(profile: Profile, _history: History, at: str) -> Saving:
+    """What a layer computes, at the rate of the others."""
+    seconds, saved = 0.0, 0.0
+    for way in ("forward", "backward"):
+        row, rate = profile.at(at, way), profile.rate(way, but=at)
+        if not rate:
+            raise NotChecked("no other layer multiplies, to compare its rate")
+        seconds += row.seconds
+        saved += row.seconds - min(row.seconds, row.cost.flops / rate)
+    return Saving(
+        saved, f"it takes {seconds * 1e3:.3g} ms; at the rate of the other layers, {(seconds - saved) * 1e3:.3g} ms"
+    )
+
+
+def _heads_cost(profile: Profile, history: History, at: str) -> Saving:
+    """All operators but one in so many are there since heads are taken one by one."""
+    slices, row = float(history.last("operators.slices", at)), profile.own(at)
+    return Saving(row.dispatch * (1 - 1 / slices), f"{row.cost.calls} operators, where a {slices:.0f}th would do")
+
+
+def _joined_cost(profile: Profile, history: History, at: str) -> Saving:
+    ratio, row = float(history.last("operators.joined", at)), profile.own(at)
+    return Saving(
+        row.seconds * (1 - 1 / ratio),
+        f"{ratio:.0f} times as much is written as is needed, in {row.seconds * 1e3:.3g} ms",
+    )
+
 
 FLOAT64 = Cause(
     id="performance.float64",
@@ -22,6 +78,7 @@ FLOAT64 = Cause(
     refute="Every floating-point tensor in the module has the dtype of its inputs.",
     look="Constants that come from numpy, and buffers that were made with dtype=torch.float64.",
     source="PyTorch documentation: torch.result_type, type promotion",
+    saves=_wide_cost,
 )
 
 HOST_SYNC = Cause(
@@ -33,6 +90,7 @@ HOST_SYNC = Cause(
     refute="The forward pass calls no .item() on what it computes.",
     look="Statistics for logging inside forward, and branches on a value.",
     source="PyTorch documentation: performance tuning guide, avoid unnecessary CPU-GPU synchronization",
+    saves=_read_cost,
 )
 
 RECOMPUTE = Cause(
@@ -43,6 +101,7 @@ RECOMPUTE = Cause(
     refute="No layer is called twice with the same input and the same weights.",
     look="Where the module named is called, above all for a second use of its output.",
     source="PyTorch documentation: performance tuning guide",
+    saves=_again_cost,
 )
 
 HEAD_LOOP = Cause(
@@ -54,6 +113,7 @@ HEAD_LOOP = Cause(
     refute="The number of operators does not depend on the number of heads.",
     look="A Python loop, or a list of heads, in the attention named.",
     source="Vaswani et al., 2017, section 3.2.2",
+    saves=_heads_cost,
 )
 
 POSITION_LOOP = Cause(
@@ -64,6 +124,7 @@ POSITION_LOOP = Cause(
     refute="The number of operators does not depend on the length.",
     look="A Python loop over x[:, t] in the module named.",
     source="PyTorch documentation: performance tuning guide",
+    saves=_pieces_cost,
 )
 
 PIECE_BY_PIECE = Cause(
@@ -75,6 +136,7 @@ PIECE_BY_PIECE = Cause(
     refute="The bytes that concatenation writes grow as the length, not as its square.",
     look="x = torch.cat([x, ...]) inside a loop in the module named.",
     source="PyTorch documentation: torch.cat",
+    saves=_joined_cost,
 )
 
 

@@ -4,14 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lab import BadInput, Cause, Fault, fault, torch
+from lab import BadInput, Cause, Fault, NotChecked, Saving, fault, torch
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from torch import Tensor
 
-    from lab import Run, Step
+    from lab import History, Profile, Run, Step
+
+
+def _activations(profile: Profile) -> int:
+    """Bytes of what a step keeps for the way back."""
+    return profile.at_peak()["activations"]
+
+
+def _graphs_cost(profile: Profile, _history: History, _at: str) -> Saving:
+    """A graph holds what the way back needs."""
+    return Saving(0.0, "in each step: what the way back needs is kept when it is over", bytes=_activations(profile))
+
+
+def _outputs_cost(profile: Profile, _history: History, _at: str) -> Saving:
+    return Saving(0.0, "in each step: the model's answer is kept", bytes=profile.output)
+
+
+def _evaluation_cost(profile: Profile, _history: History, _at: str) -> Saving:
+    why = "an evaluation keeps what a step of training keeps, for a way back that never comes"
+    return Saving(0.0, why, "evaluation", bytes=max(0, _activations(profile) - profile.passing))
+
+
+def _uncached_cost(profile: Profile, history: History, _at: str) -> Saving:
+    """What one position more in a pass takes, times those that pass again."""
+    repeated, slope = float(history.last("generation.repeated")), profile.scopes["generation"].slope
+    if not slope > 0:
+        raise NotChecked("passes of several lengths were not timed")
+    why = f"{repeated:.0f} positions pass again for each token, and each takes {slope * 1e6:.3g} us"
+    return Saving(repeated * slope, why, "generation")
+
 
 RETAINED_GRAPH = Cause(
     id="performance.retained_graph",
@@ -24,6 +53,7 @@ RETAINED_GRAPH = Cause(
     refute="When a step has ended, no graph of an earlier one lives.",
     look="Lists and running sums that the loss is added to, and retain_graph=True.",
     source="PyTorch documentation: frequently asked questions, my model reports out of memory",
+    saves=_graphs_cost,
 )
 
 LIST_GROWS = Cause(
@@ -37,6 +67,7 @@ LIST_GROWS = Cause(
     refute="When a step has ended, no logits of an earlier one are in memory.",
     look="Lists and dictionaries that outlive a step: collected outputs, hooks that store what they see.",
     source="PyTorch documentation: frequently asked questions, my model reports out of memory",
+    saves=_outputs_cost,
 )
 
 GRADIENTS_AT_EVALUATION = Cause(
@@ -49,6 +80,7 @@ GRADIENTS_AT_EVALUATION = Cause(
     refute="The logits of an evaluation do not require a gradient.",
     look="Where evaluation begins, and whether the block or the decorator covers the calls of the model.",
     source="PyTorch documentation: autograd mechanics, evaluation mode",
+    saves=_evaluation_cost,
 )
 
 NO_CACHE = Cause(
@@ -61,6 +93,7 @@ NO_CACHE = Cause(
     refute="Each position passes the model once while the text grows.",
     look="What the model is called with inside the loop that generates; use_cache=False.",
     source="Shazeer, 2019; Hugging Face documentation: caching",
+    saves=_uncached_cost,
 )
 
 

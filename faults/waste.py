@@ -9,14 +9,48 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 
-from lab import BadInput, Cause, Fault, fault, torch
+from lab import BadInput, Cause, Fault, NotChecked, Saving, fault, torch
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from torch import Tensor
 
-    from lab import Batch, Run, Step
+    from lab import Batch, History, Profile, Run, Step
+
+
+def _threads_cost(profile: Profile, _history: History, _at: str) -> Saving:
+    """What products and copies gain with as many threads as cores, the whole of the model may."""
+    now, fair = profile.machine, profile.fair
+    if fair is None:
+        raise NotChecked("it was not measured what fewer threads would take")
+    ratio = now.flops["float32"] / fair.flops["float32"]
+    why = f"a product takes {1 / ratio:.2f} times as long in {now.threads} threads as in {fair.threads}"
+    return Saving(max(0.0, 1 - ratio) * (profile.model.seconds + profile.part("loss").seconds), why)
+
+
+def _second_pass_cost(profile: Profile, history: History, _at: str) -> Saving:
+    vain = float(history.last("calls.in_vain"))
+    if not profile.passes:
+        raise NotChecked("no call of the model was timed")
+    forward = sum(row.seconds for row in profile.rows if row.direction == "forward") / profile.passes
+    return Saving(
+        vain * forward, f"a pass of the model takes {forward * 1e3:.3g} ms, and {vain:.0f} of a step is in vain"
+    )
+
+
+def _padding_cost(profile: Profile, history: History, _at: str) -> Saving:
+    share = float(history.last("padding.columns"))
+    parts = profile.model, profile.part("loss")
+    # As many operators are called for fewer positions; only what they compute is less.
+    work = sum(max(0.0, part.seconds - part.dispatch) for part in parts)
+    return Saving(share * work, f"{share:.0%} of the positions are padding, in {work * 1e3:.3g} ms of model and loss")
+
+
+def _waiting_cost(profile: Profile, _history: History, _at: str) -> Saving:
+    waiting = profile.part("data").seconds
+    return Saving(waiting, f"the model waits {waiting * 1e3:.3g} ms for its batch")
+
 
 TOO_MANY_THREADS = Cause(
     id="performance.too_many_threads",
@@ -28,6 +62,7 @@ TOO_MANY_THREADS = Cause(
     refute="torch.get_num_threads() is not above the number of cores that the process may run on.",
     look="OMP_NUM_THREADS, MKL_NUM_THREADS, torch.set_num_threads; and what the job may use of its machine.",
     source="PyTorch documentation: CPU threading; performance tuning guide, OMP_NUM_THREADS",
+    saves=_threads_cost,
 )
 
 FORWARD_TWICE = Cause(
@@ -40,6 +75,7 @@ FORWARD_TWICE = Cause(
     refute="Each answer of the model in a step is new, or a backward pass goes through it.",
     look="Where accuracy or another metric is computed in the training loop: model(x) is called a second time there.",
     source="PyTorch documentation: performance tuning guide; autograd mechanics (no_grad)",
+    saves=_second_pass_cost,
 )
 
 PADDING_WASTE = Cause(
@@ -52,6 +88,7 @@ PADDING_WASTE = Cause(
     refute="In each batch there is a row without padding.",
     look="padding= where rows are tokenised, and the collate_fn of the loader.",
     source="Hugging Face documentation: padding and truncation; data collators",
+    saves=_padding_cost,
 )
 
 LOADER_BOUND = Cause(
@@ -64,6 +101,7 @@ LOADER_BOUND = Cause(
     refute="A step takes about as long with a batch that is there already.",
     look="What is done in __getitem__ and collate_fn, and num_workers, which is 0 by default.",
     source="PyTorch documentation: performance tuning guide, enable asynchronous data loading",
+    saves=_waiting_cost,
 )
 
 

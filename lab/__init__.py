@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lab.catalogue import Fault, Plugin, Probe, fault, plugin, probe, rule
-from lab.diagnosis.model import Cause, Diagnosis, Finding, Symptom
+from lab.diagnosis.model import Cause, Diagnosis, Finding, Saving, Symptom
 from lab.errors import BadInput, FaultFound, LabError, LookAgain, NotChecked
 from lab.lazy import numpy, torch
 from lab.stages import Stage
@@ -16,6 +16,7 @@ from lab.stages import Stage
 if TYPE_CHECKING:
     from lab.attach.watch import watch as watch
     from lab.context import Artifact, Batch, Run, Step
+    from lab.profiling.profile import Profile
     from lab.results import Results
     from lab.results import load as load
     from lab.sites import Site
@@ -39,9 +40,11 @@ __all__ = [
     "NotChecked",
     "Plugin",
     "Probe",
+    "Profile",
     "Results",
     "Row",
     "Run",
+    "Saving",
     "Series",
     "Site",
     "Stage",
@@ -69,6 +72,7 @@ _LATER = {
     "Metric": "lab.store",
     "Row": "lab.store",
     "Series": "lab.store",
+    "Profile": "lab.profiling.profile",
     "Results": "lab.results",
     "load": "lab.results",
     "watch": "lab.attach.watch",

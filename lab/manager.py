@@ -64,12 +64,12 @@ def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Ca
     settings = (folder or Path()) / "lab.toml"
     for name in _from_toml(settings):
         try:
-            _add_named(catalogue, name)
+            load_named(catalogue, name)
         except BadInput as error:
             raise BadInput(f"{settings}: plugins: {error}") from None
     catalogue.asked = tuple(dict.fromkeys(map(str, files)))  # named twice, loaded once
     for name in catalogue.asked:
-        _add_named(catalogue, name)
+        load_named(catalogue, name)
     return catalogue
 
 
@@ -99,7 +99,12 @@ def _from_toml(path: Path) -> list[str]:
     return [str(path.parent / name) if name.endswith(".py") else name for name in names]
 
 
-def _add_named(catalogue: Catalogue, name: str) -> None:
+def load_named(catalogue: Catalogue, name: str) -> None:
+    """Load a plugin that was asked for: a ``.py`` file, or a module that imports.
+
+    Raises:
+        BadInput: It does not load, or there is nothing in it.
+    """
     path = Path(name)
     if name.endswith(".py") or path.exists():
         modules = [_load_file(path)]

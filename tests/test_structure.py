@@ -23,6 +23,7 @@ LEVELS = [
     {"diagnosis.diagnose"},  # and every part of a project
     {
         "session",
+        "profiling",
         "results",
         "processes",
         "points",

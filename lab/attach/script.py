@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lab.attach.intercept import Arguments
-    from lab.catalogue import Catalogue
+    from lab.catalogue import Catalogue, Plugin
     from lab.diagnosis.model import Diagnosis
 
 IDLE = 3  # steps of an optimiser that found no gradient at all, before it is taken for that of another network
@@ -49,6 +49,7 @@ class Finder:
         catalogue: Probes, rules and causes.
         examine_every: See `lab.session.Session`.
         sites: See `lab.watch`.
+        tools: More that take part in the run, as links to other tools.
 
     Attributes:
         watching: What was found; None until then.
@@ -57,10 +58,15 @@ class Finder:
     """
 
     def __init__(
-        self, folder: Path, catalogue: Catalogue, examine_every: int, sites: Sequence[str] | None = None
+        self,
+        folder: Path,
+        catalogue: Catalogue,
+        examine_every: int,
+        sites: Sequence[str] | None = None,
+        tools: Sequence[Plugin] = (),
     ) -> None:
         self.folder, self.catalogue, self.examine_every = folder, catalogue, examine_every
-        self.sites = sites
+        self.sites, self.tools = sites, tuple(tools)
         self.watching: Watch | None = None
         self.made = 0
         self.why_not = ""
@@ -142,7 +148,7 @@ class Finder:
         if _is_cut(module):
             self.why_not = "each process holds a part of the weights only (FSDP, ZeRO): that cannot be watched yet"
             return
-        about = (self.folder, (), self.catalogue, self.examine_every)
+        about = (self.folder, self.tools, self.catalogue, self.examine_every)
         try:
             self.watching = Watch(module, found, *about, calls=self._calls, sites=self.sites)
         except BadInput as error:  # the script goes on, whatever the lab was asked

@@ -17,6 +17,7 @@ from lab.cli.diff import diff
 from lab.cli.exec import exec_
 from lab.cli.list import list_
 from lab.cli.matrix import matrix
+from lab.cli.profile import profile
 from lab.cli.prove import prove
 from lab.cli.run import run
 from lab.cli.show import show
@@ -33,13 +34,30 @@ def cli() -> None:
     lab run reads-the-future   train, break, watch, diagnose
     lab exec train.py          watch a training script of your own
     lab diff RUN RUN           see where two runs part
+    lab profile SCENARIO       see where time and memory go, and what to change first
     lab board                  look at the newest run in TensorBoard
 
     Exit status: 0 as expected, 1 something is wrong with the run, 2 bad input.
     """  # noqa: D301 - to click, the character \b keeps the lines below it apart
 
 
-for command in (list_, show, build, hint, check, run, exec_, diagnose, diff, bisect, answer, prove, matrix, board):
+for command in (
+    list_,
+    show,
+    build,
+    hint,
+    check,
+    run,
+    exec_,
+    diagnose,
+    diff,
+    bisect,
+    profile,
+    answer,
+    prove,
+    matrix,
+    board,
+):
     cli.add_command(command)
 
 

@@ -11,6 +11,8 @@ import click
 
 from lab.cli.options import RUNS, json_option, load_catalogue, plugin_option, print_json
 
+WAIT = 36  # steps before a trace: by then those are measured that no experiment stands beside
+
 if TYPE_CHECKING:
     from lab.attach.script import Finder
     from lab.diagnosis.model import Diagnosis
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--sites", multiple=True, metavar="PATTERN", help="Read there only: blocks.*.attn, head.**. May be repeated."
 )
+@click.option("--profile", is_flag=True, help="Measure where time and memory go as well, as lab profile does.")
 @click.option("--strict", is_flag=True, help="Exit with 1 when the training is faulty, whatever the script says.")
 @json_option
 @plugin_option
@@ -36,6 +39,7 @@ def exec_(
     out: Path | None,
     every: int,
     sites: tuple[str, ...],
+    profile: bool,
     strict: bool,
     as_json: bool,
     plugins: tuple[str, ...],
@@ -61,7 +65,8 @@ def exec_(
     rank, _ = place()
     here = own_folder(folder)
     check_script(script, here, module=module)
-    finder = Finder(here, catalogue, every, sites or None)
+    measuring = Measuring() if profile else None
+    finder = Finder(here, catalogue, every, sites or None, measuring.tools if measuring else ())
     with finder:
         error = run_script(script, arguments, module=module)
     diagnosis = finder.finish(None if ended_well(error) else error)
@@ -70,7 +75,44 @@ def exec_(
     status = status_of(error)
     if rank == 0:
         _report(diagnosis, finder, script, here, as_json=as_json)
+    if measuring and diagnosis is not None and rank == 0:
+        measuring.report(finder, diagnosis, Path(script).name, quiet=as_json)
     return 1 if strict and not status and diagnosis is not None and diagnosis.verdict == "faulty" else status
+
+
+class Measuring:
+    """What measures a script, where that was asked for."""
+
+    def __init__(self) -> None:
+        from lab.profiling.recorder import Recorder
+        from lab.profiling.tools import make_tools
+
+        self.recorder = Recorder()
+        self.tools = [self.recorder, *make_tools(trace=True, sample=True, wait=WAIT)]
+
+    def report(self, finder: Finder, diagnosis: Diagnosis, title: str, *, quiet: bool) -> None:
+        """Write what was measured, and unless `quiet` print it."""
+        from rich.console import Console
+
+        from lab.cli.profile_report import print_files, print_profile
+        from lab.errors import NotChecked
+        from lab.profiling.gains import changes
+        from lab.profiling.keep import keep
+        from lab.profiling.profile import profile_of
+
+        assert finder.watching is not None
+        run, console = finder.watching.run, Console(stderr=True)
+        try:
+            found = profile_of(self.recorder)
+        except NotChecked as error:
+            click.echo(f"lab: {title}: not profiled: {error}", err=True)
+            return
+        worth = changes(found, diagnosis, run.history, finder.catalogue)
+        keep(found, worth, run.folder)
+        if not quiet:
+            said = [text for tool in self.tools if (text := getattr(tool, "said", ""))]
+            print_profile(found, worth, console, title, *said)
+            print_files(run.folder, console)
 
 
 def _report(diagnosis: Diagnosis | None, finder: Finder, script: str, folder: Path, *, as_json: bool) -> None:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lab.profiling.profile import Profile
+    from lab.store import History
 
 Phase = Literal["forward", "loss", "backward", "update", "run"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward", "update", "run")
@@ -73,6 +79,8 @@ class Cause:
         refute: What would show that it is not this.
         look: What to look at next.
         source: The paper, section or issue that it comes from.
+        saves: What repairing it would save, from a profile, from what was recorded, and from the place that is blamed;
+            it may raise `NotChecked`.
     """
 
     id: str
@@ -87,6 +95,24 @@ class Cause:
     refute: str = ""
     look: str = ""
     source: str = ""
+    saves: Callable[[Profile, History, str], Saving] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What repairing something would save.
+
+    Attributes:
+        seconds: Of each step, evaluation, or token that is generated, as `of` says.
+        why: What was measured, in one line.
+        of: ``step``, ``evaluation`` or ``generation``.
+        bytes: Of memory.
+    """
+
+    seconds: float
+    why: str
+    of: str = "step"
+    bytes: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
-import json
 import math
-import os
-import re
-import signal
 import struct
 import subprocess
 import sys
-import time
-import urllib.parse
-import urllib.request
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+from serving import serving, soon
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -34,30 +27,19 @@ from lab.scenario import load_scenario
 from lab.store import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from lab.catalogue import Catalogue
+    from serving import Ask
 
-    Ask = Callable[..., Any]
+    from lab.catalogue import Catalogue
 
 # As the lab finds it: a type checker knows the folder by another name.
 tensorboard = importlib.import_module("lab.plugins.tensorboard")
 TensorBoard, pixels = tensorboard.TensorBoard, tensorboard.pixels
 
 STEPS = 12
-WAIT = 30.0  # seconds; a deadline, not a time that is measured
 NOTE = Symptom(at="blocks.0", since=3, seen=2.0, expected="below 1", text="it is large", id="large")
-
-
-def soon(look: Callable[[], Any], what: str) -> Any:
-    """Return the first answer that is not empty."""
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end:
-        if answer := look():
-            return answer
-        time.sleep(0.1)
-    raise AssertionError(f"not within {WAIT} s: {what}")
 
 
 # ---------------------------------------------------------------- a real run, a real server
@@ -75,38 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> Pa
 
 
 @pytest.fixture(scope="module")
-def ask(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """Start a server on the loopback address; give a function that asks it."""
-    said = tmp_path_factory.mktemp("server") / "output.txt"
-    options = ["--logdir", str(folder), "--host", "127.0.0.1", "--port", "0", "--reload_interval", "1"]
-    command = [sys.executable, "-m", "tensorboard.main", *options]
-    with said.open("wb") as output:
-        # A session of its own: the server starts another process, which has to go with it.
-        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def port() -> str | None:
-        assert server.poll() is None, said.read_text()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", said.read_text())
-        return found and found[1]
-
-    def answer(path: str, body: dict[str, Any] | None = None, **query: str) -> Any:
-        url = f"http://127.0.0.1:{number}/data/{path}{'?' if query else ''}{urllib.parse.urlencode(query)}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        with opener.open(request, timeout=WAIT) as response:
-            raw = response.read()
-            return json.loads(raw) if "json" in response.headers["Content-Type"] else raw
-
-    try:
-        number = soon(port, "the address of the server")
+def ask(folder: Path) -> Iterator[Ask]:
+    """A function that asks a server on the loopback address."""
+    with serving(folder) as answer:
         # The results are the last that is written: once they are there, all of it is.
         soon(lambda: "result/score" in answer("plugin/scalars/tags").get("tensorboard", {}), "the results")
         yield answer
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def test_scalars_are_served_as_they_were_recorded(ask: Ask, folder: Path) -> None:

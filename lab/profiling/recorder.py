@@ -1,0 +1,289 @@
+"""Measures some steps of a training: as they are, by place, and once operator by operator."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lab.catalogue import Plugin, plugin
+from lab.errors import NotChecked
+from lab.profiling.counting import Clock, Counter
+from lab.profiling.machine import Machine, cores, in_threads, measure
+from lab.profiling.memory import Ledger
+from lab.profiling.places import DATA, LOSS, UPDATE, WATCHING, Place, Places
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from torch import Tensor
+
+    from lab.context import Batch, Run, Step
+
+SETTLE = 3  # steps first, in which memory is allocated, and kernels are chosen
+PAIRS = 6  # of steps, one as it is and one timed by place, in turn: so that both meet the same neighbours
+NEEDED = SETTLE + 3 * PAIRS + 1  # steps: before each pair goes one that fills the caches again
+TURNS = ("settle", "plain", "timed")
+CLEAR, CLIP, SCHEDULE = Place("zero_grad"), Place("clip"), Place("schedule")
+FORMATS = (torch.float32, torch.float64, torch.bfloat16)  # in which products are measured
+
+
+@dataclass
+class Scope:
+    """What happens beside the steps.
+
+    Attributes:
+        times: How long each took, in seconds.
+        tokens: How many were made in them.
+        passes: Of each call of the model, how many positions passed, and seconds.
+    """
+
+    times: list[float] = field(default_factory=list)
+    tokens: int = 0
+    passes: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def slope(self) -> float:
+        """Seconds that a position more takes in a pass, by least squares; 0 where all passes are of one length."""
+        lengths = [length for length, _ in self.passes]
+        if len(set(lengths)) < 2:
+            return 0.0
+        return statistics.linear_regression(lengths, [seconds for _, seconds in self.passes]).slope
+
+
+@dataclass
+class Timed:
+    """One step, by place: seconds, and how often each was entered."""
+
+    spent: dict[Place, float]
+    entered: dict[Place, int]
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return sum(spent for place, spent in self.spent.items() if place != WATCHING)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the model was called without gradients as well."""
+        return any(place.direction == "no gradient" for place in self.spent)
+
+
+@plugin("profile", title="Where a step's time and memory go")
+class Recorder(Plugin):
+    """Measures steps that nobody examines, one after the other: some in pairs, plain and timed, then one counted.
+
+    Args:
+        settle: Steps to leave out first.
+        watched: Whether others look at the training as well: then steps that they examine are none to be measured.
+
+    Attributes:
+        plain: Seconds of steps that nothing was measured in.
+        timed: Steps, by place.
+        counter, ledger: What one step computed, and what it kept.
+        scopes: What happened beside the steps: ``evaluation`` and ``generation``.
+        machines: What was possible, before each pair of steps.
+        shape: Of the first tensor of a batch.
+        output: Bytes of what the model answers.
+        fair: What is possible in as many threads as there are cores, where there are more; else None.
+    """
+
+    def __init__(self, settle: int = SETTLE, *, watched: bool = True) -> None:
+        self.settle, self.watched = settle, watched
+        self.plain: list[float] = []
+        self.timed: list[Timed] = []
+        self.counter: Counter | None = None
+        self.ledger: Ledger | None = None
+        self.scopes = {"evaluation": Scope(), "generation": Scope()}
+        self.machines: list[Machine] = []
+        self.shape: tuple[int, ...] = ()
+        self.output = 0
+        self.fair: Machine | None = None
+        self._open, self._counting = contextlib.ExitStack(), contextlib.ExitStack()
+        self._places: Places | None = None
+        self._clock: Clock | None = None
+        self._begun = 0.0
+        self._aside = 0.0
+        self._plain: float | None = None
+        self._what = ""
+        self._turn = -1
+        self._seen = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all is measured."""
+        return self.counter is not None and not self._what
+
+    def lab_start(self, run: Run) -> None:
+        """Measure the machine."""
+        import psutil  # noqa: F401 - now: what is imported while PyTorch's profiler notes stacks spoils its trace
+
+        self._places = self._open.enter_context(Places(run.model, run.compiled))
+        self._next(run)
+
+    def lab_step_end(self, step: Step) -> None:
+        """Take what the step showed, unless it was to be examined."""
+        seconds = time.perf_counter() - self._begun - self._aside
+        what, self._what = self._what, ""
+        if self._clock is not None:
+            self._clock.stop()
+        self._rest()
+        self._seen += 1
+        good = not (self.watched and step.examined)
+        if what == "plain":
+            self._plain = seconds if good else None
+        elif what == "timed" and good and self._plain is not None:
+            assert self._clock is not None
+            assert self._places is not None
+            self.plain.append(self._plain)
+            self.timed.append(Timed(dict(self._clock.spent), dict(self._places.entered)))
+        elif what == "counted":
+            assert self.ledger is not None
+            self.ledger.updates()
+            self.ledger.close()
+            if not good:
+                self.counter = self.ledger = None
+        inputs = step.batch.inputs if step.batch is not None else None
+        if inputs is not None:
+            self.shape = tuple(inputs.shape)
+        if step.logits is not None:
+            self.output = step.logits.numel() * step.logits.element_size()
+        self._clock = None
+
+    def lab_metrics(self, run: Run) -> None:
+        """The step is over, with all that follows it: the next begins here."""
+        self._next(run)
+
+    def lab_end(self, run: Run) -> None:
+        """Let go of what the last step opened, if it never ended; see whether fewer threads would do more."""
+        self._rest()
+        if run.device.type == "cpu" and torch.get_num_threads() > cores():
+            self.fair = in_threads(cores(), lambda: measure(run.device, FORMATS))
+        self._open.close()
+
+    def lab_error(self) -> None:
+        """The same, where something raised."""
+        self._rest()
+        self._open.close()
+
+    def _next(self, run: Run) -> None:
+        """Begin to measure the next step, if there is something left to be measured."""
+        assert self._places is not None
+        self._what = self._wanted()
+        self._aside = 0.0
+        if self._what == "settle":
+            self.machines.append(measure(run.device, FORMATS))
+        if self._what == "timed":
+            self._clock = Clock(run.device)
+            self._places.follow(self._clock)
+        elif self._what == "counted":
+            self.ledger = Ledger(run.model, run.optimizer)
+            self.counter = Counter(self.ledger)
+            self._places.follow(self._tell)
+            self._counting.enter_context(self.counter)
+        self._begun = time.perf_counter()
+
+    def _rest(self) -> None:
+        self._counting.close()
+        if self._places is not None:
+            self._places.rest()
+
+    def _tell(self, place: Place) -> None:
+        assert self.counter is not None
+        assert self.ledger is not None
+        if place == UPDATE:
+            self.ledger.updates()
+        self.counter(place)
+
+    def _wanted(self) -> str:
+        if self._seen < self.settle:
+            return ""
+        if len(self.timed) < PAIRS:
+            self._turn = (self._turn + 1) % len(TURNS)
+            return TURNS[self._turn]
+        return "counted" if self.counter is None else ""
+
+    # ---------------------------------------------------------------- what the lab's own runtime says of itself
+
+    def _in(self, place: Place) -> contextlib.AbstractContextManager[None]:
+        follows = self._places is not None and self._places.following
+        return self._places.within(place) if self._places is not None and follows else contextlib.nullcontext()
+
+    def lab_step(self) -> Generator[None, bool, bool]:
+        """A step is what the engine says it is, without the lab's own work around it."""
+        self._begun = time.perf_counter()
+        if self._clock is not None:
+            self._clock.restart()
+        return (yield)
+
+    def lab_zero_grad(self) -> Generator[None, bool, bool]:
+        """Clearing the gradients."""
+        with self._in(CLEAR):
+            return (yield)
+
+    def lab_batch(self, step: Step) -> Generator[None, Batch, Batch]:
+        """Making the batch."""
+        with self._in(DATA if step.mode == "train" else WATCHING):
+            return (yield)
+
+    def lab_loss(self, step: Step) -> Generator[None, Tensor, Tensor]:
+        """The loss, on its way forward."""
+        with self._in(LOSS if step.mode == "train" else WATCHING):
+            return (yield)
+
+    def lab_schedule(self) -> Generator[None, float, float]:
+        """The learning rate."""
+        with self._in(SCHEDULE):
+            return (yield)
+
+    def lab_clip(self) -> Generator[None, Tensor, Tensor]:
+        """Clipping."""
+        with self._in(CLIP):
+            return (yield)
+
+    def lab_evaluate(self) -> Generator[None, Tensor, Tensor]:
+        """Beside the steps."""
+        begun = time.perf_counter()
+        with self._in(WATCHING), self._without():
+            loss = yield
+        self._aside += time.perf_counter() - begun
+        self.scopes["evaluation"].times.append(time.perf_counter() - begun)
+        return loss
+
+    def lab_forward(self, step: Step) -> Generator[None, Tensor, Tensor]:
+        """In generation, how long a pass takes by its length."""
+        begun = time.perf_counter()
+        logits = yield
+        if step.mode == "generate" and step.batch is not None and step.batch.inputs is not None:
+            passed = step.batch.inputs.shape[-1], time.perf_counter() - begun
+            self.scopes["generation"].passes.append(passed)
+        return logits
+
+    def lab_generate(self, length: int) -> Generator[None, Tensor, Tensor]:
+        """Beside the steps."""
+        begun = time.perf_counter()
+        tokens = yield
+        self.scopes["generation"].times.append(time.perf_counter() - begun)
+        self.scopes["generation"].tokens += length
+        return tokens
+
+    def _without(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing is followed inside: what an evaluation takes is no part of a step."""
+        return contextlib.nullcontext() if self._places is None else self._places.looking_away()
+
+    # ---------------------------------------------------------------- what was found
+
+    def steps(self) -> tuple[float, list[Timed]]:
+        """Seconds of a plain step, and the timed ones that did nothing but train.
+
+        Raises:
+            NotChecked: The training ended too early to tell.
+        """
+        if not self.plain or not self.timed or self.counter is None:
+            raise NotChecked(f"too few steps: it takes {NEEDED} that are not examined")
+        trained = [timed for timed in self.timed if not timed.evaluates]
+        return statistics.median(self.plain), trained or self.timed
