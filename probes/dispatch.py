@@ -122,7 +122,7 @@ class Trace:
 
     def _begins(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            depths = [self._depth.get(self._memory.key(value), 0) for value in _tensors((args, kwargs))]
+            depths = [self._depth.get(self._memory.key(value), 0) for value in tensors((args, kwargs))]
             begin = max(depths, default=0)
             self._open.append(Call(name, begin, begin))
 
@@ -143,7 +143,7 @@ class Trace:
     def _operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if not self._open:
             return
-        given, made = _tensors((args, kwargs)), _tensors(out)
+        given, made = tensors((args, kwargs)), tensors(out)
         self._count_work(func, given, made)
         known = [value for value in given if self._memory.key(value) in self._depth]
         if not known:
@@ -237,13 +237,13 @@ def _promotes(known: list[Tensor], given: list[Tensor], made: list[Tensor]) -> b
     return narrow and wide and any(v.dtype == torch.float64 and v.numel() > 1 for v in made)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dictionaries."""
     if torch.is_tensor(value):
         return [value]
     if isinstance(value, dict):
         value = [*value.values()]
-    return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list)) else []
+    return [t for part in value for t in tensors(part)] if isinstance(value, (tuple, list)) else []
 
 
 def _count(counts: dict[str, int], name: str) -> None:

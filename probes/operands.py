@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lab import torch
 
-from .dispatch import Memory, _tensors, listening
+from .dispatch import Memory, listening, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -82,7 +82,7 @@ class Operands:
         self._open.pop()
 
     def _operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        given, made = _tensors((args, kwargs)), _tensors(out)
+        given, made = tensors((args, kwargs)), tensors(out)
         keys = [self._memory.key(value) for value in given]
         if not made or self._given.isdisjoint(keys) or any(value.is_nested for value in (*given, *made)):
             return

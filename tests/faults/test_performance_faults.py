@@ -23,6 +23,8 @@ ON_THE_WAY: list[tuple[str, str, str, float]] = [
     ("performance.loop_over_positions", "blocks.1.mlp.down", "operators.by_position", 1),
     ("performance.quadratic_concatenation", "blocks.0.mlp", "operators.joined", (2 + 24) * 23 / 2 / 24),
     ("performance.loop_over_heads", "blocks.0.attn", "operators.slices", 2),
+    # 2 x 4096^2 numbers of the mask, and three times the 144,192 that a forward pass computes beside it.
+    ("performance.tables_rebuilt", "blocks.1.mlp", "tables.share", 2 * 4096**2 / (2 * 4096**2 + 3 * 144_192)),
 ]
 
 
@@ -99,6 +101,8 @@ REFUSED: list[tuple[dict[str, object], dict[str, Any], str]] = [
     ({"id": "performance.no_cache"}, {"layers": 0}, "positions meet in attention"),
     ({"id": "performance.no_cache", "from_step": 1}, {}, "leave it out"),
     ({"id": "performance.float64", "at": "nowhere"}, {}, "no site matches"),
+    ({"id": "performance.tables_rebuilt", "at": "nowhere"}, {}, "no site matches"),
+    ({"id": "performance.tables_rebuilt", "length": 24}, {}, "length"),
 ]
 
 

@@ -1,0 +1,148 @@
+"""Tables that are made anew in each call, of nothing that changes: how much of a training step are they?"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from lab import LabError, NotChecked, Probe, Symptom, probe, rule, torch
+
+from .dispatch import Memory, listening, tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from lab import History, Run, Step
+
+ROWS = 2
+PASSES = 3  # a backward pass computes two gradients for each product of the forward pass
+FUSED = 2  # numbers that fused attention computes for each pair of positions: a score, and what softmax makes of it
+
+
+@probe(
+    "tables",
+    title="How much of a step goes into tables of nothing that changes?",
+    cost="two forward passes of two rows",
+    examines=True,
+    seldom=True,
+)
+class Tables(Probe):
+    """Calls the model twice on two rows, and counts the numbers that the second call computes.
+
+    Records ``tables.share``: of all numbers that a training step computes, how many are computed from constants alone,
+    that is from what an operator made of no tensor (``torch.arange``), without chance. For the whole model, and for
+    each module that computes any. What a call keeps for the next is not computed in the second. A buffer, a parameter
+    and whatever else the model is given may change, so nothing that depends on one counts.
+
+    The rest is counted as for the whole batch, and three times, as a backward pass computes twice what a forward pass
+    does.
+    """
+
+    def lab_examine(self, run: Run, step: Step) -> None:
+        inputs = step.batch.inputs if step.batch is not None else None
+        if step.batch is None or inputs is None or not inputs.dim():
+            raise NotChecked("the model is not called with a batch of tensors")
+        few = step.batch.rows(ROWS)
+        rows = few.inputs
+        assert rows is not None
+        work = Work()
+        try:
+            with torch.no_grad():
+                run.answer(few)
+                work.follow(run.model, lambda: run.answer(few))
+        except (LabError, NotChecked):
+            raise
+        except Exception as error:  # noqa: BLE001 - a model that cannot be followed may raise anything
+            raise NotChecked(
+                f"the model cannot be called and followed on {ROWS} rows ({type(error).__name__})"
+            ) from None
+        rest = PASSES * work.rest * len(inputs) / max(1, len(rows))
+        made = work.tables.total()
+        for name, count in {**work.tables, "": made}.items():
+            step.record("tables.share", count / max(1.0, made + rest), name)
+
+
+class Work:
+    """Counts the numbers that are computed in a call of a model, and tells those of constants from the rest.
+
+    Attributes:
+        tables: For each module, how many numbers it computes from constants alone.
+        rest: How many others are computed, in the whole model.
+    """
+
+    def __init__(self) -> None:
+        self.tables: Counter[str] = Counter()
+        self.rest = 0
+        self._memory = Memory()
+        self._constant: set[int] = set()
+        self._open: list[str] = []
+
+    def follow(self, model: nn.Module, call: Callable[[], Any]) -> None:
+        """Call the model, and count."""
+        handles = []
+        for path, module in model.named_modules():
+            # The core of an attention layer carries the name of the layer, as its sites do.
+            name = path.rpartition(".")[0] if getattr(module, "transparent", False) else path
+            handles.append(module.register_forward_pre_hook(functools.partial(self._begins, name)))
+            handles.append(module.register_forward_hook(self._ends))
+        try:
+            with listening(self._operator):
+                call()
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._memory.clear()
+
+    def _begins(self, name: str, *_: object) -> None:
+        self._open.append(name)
+
+    def _ends(self, *_: object) -> None:
+        self._open.pop()
+
+    def _operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        made, given = tensors(out), tensors((args, kwargs))
+        written, read = ({self._memory.key(value) for value in values} for values in (made, given))
+        constant = read <= self._constant and torch.Tag.nondeterministic_seeded not in func.tags
+        # What is written to in place depends on what was there, and what is made of constants is one.
+        self._constant = self._constant | written if constant else self._constant - written
+        if written <= read and not func._schema.is_mutable:  # noqa: SLF001 - torch offers no other way to ask
+            return  # a view: nothing was computed
+        count = sum(value.numel() for value in made)
+        if not constant:
+            self.rest += count + _inside(func.overloadpacket.__name__, given)
+        elif read and self._open:
+            self.tables[self._open[-1]] += count
+
+
+def _inside(name: str, given: list[Tensor]) -> int:
+    """How many numbers fused attention of q [B H T D] and k [B H S D] computes and does not give out."""
+    if not name.startswith("_scaled_dot_product") or len(given) < 2 or given[0].dim() != 4:
+        return 0
+    return FUSED * given[0].shape[:-1].numel() * given[1].shape[-2]
+
+
+@rule(
+    "tables.rebuilt",
+    title="A step computes more than tables of nothing that changes",
+    reads=("tables.share",),
+    basis="theory",
+    phase="forward",
+)
+def tables_rebuilt(history: History) -> Iterator[Symptom]:
+    """Most of the numbers that a training step computes are the same in each call, and could be computed once.
+
+    Positions, masks and angles are made in each call by many models, and are small beside the rest. A mask of m
+    operators [T T] is outweighed by scores [B H T T] in L layers, each of which passes two operators and their
+    gradients, where m < 6 B H L.
+    """
+    whole = history.series("tables.share")
+    if found := whole.first(whole.values > 0.5):
+        step, share = found
+        shares = {name: history.last("tables.share", name) for name in history.sites("tables.share") if name}
+        for name in (name for name, value in shares.items() if value >= max(shares.values()) / 2):
+            text = f"{shares[name]:.0%} of the numbers that a step computes are tables that {name} makes anew, in each "
+            text += "call, of nothing that changes"
+            yield Symptom(at=name, since=step, seen=share, expected="below 0.5", text=text)
