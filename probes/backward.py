@@ -24,7 +24,7 @@ LOUDER = 4096.0  # a power of two: it changes no digit of a gradient
 @probe(
     "backward",
     title="Do gradients reach what the output depends on, and do small ones survive?",
-    cost="one forward and two backward passes on two rows, or on all where they cannot be cut",
+    cost="one forward and one or two backward passes on two rows, or on all where they cannot be cut",
     examines=True,
     seldom=True,
 )
@@ -32,10 +32,12 @@ class Backward(Probe):
     """Goes backward from the output with the gradient that training sent there, and with one 4096 times as large.
 
     A backward pass is linear: it gives 4096 times as much. Records by parameter ``backward.lost``: of the elements
-    that have a gradient then, the share that had none before. Parameters that the optimiser holds and that got no
-    gradient in training are asked once more: ``backward.cut`` says, where the graph is cut before it reaches them, by
-    how much the output changes with one of them, relative to its largest value. Its site is the place of the cut. And
-    where every weight has had a gradient of 0, ``backward.passed``: the largest element of the gradient at each site.
+    that have a gradient then, the share that had none before; on the CPU it is 0, and the second pass is not made,
+    where at least half of all had one: most of those that should cannot have lost it. Parameters that the optimiser
+    holds and that got no gradient in training are asked once more: ``backward.cut`` says, where the graph is cut before
+    it reaches them, by how much the output changes with one of them, relative to its largest value. Its site is the
+    place of the cut. And where every weight has had a gradient of 0, ``backward.passed``: the largest element of the
+    gradient at each site.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -100,16 +102,24 @@ def _louder(run: Run, step: Step, rows: Batch, sent: Tensor) -> None:
     if not named or not out.requires_grad:
         return
     sent = sent[: len(out)].to(out.dtype)
-    plain = torch.autograd.grad(out, list(named.values()), sent, retain_graph=True, allow_unused=True)
-    loud = torch.autograd.grad(out, list(named.values()), sent * LOUDER, allow_unused=True)
-    names, lost = [], []
-    for name, small, large in zip(named, plain, loud, strict=True):
-        if small is not None and large is not None and not small.is_sparse:
-            there = large != 0
-            names.append(name)
-            lost.append(((small == 0) & there).sum() / there.sum().clamp_min(1))
-    if names:
-        step.record_all("backward.lost", tuple(names), torch.stack(lost))
+    found = torch.autograd.grad(out, list(named.values()), sent, retain_graph=True, allow_unused=True)
+    plain = {name: small for name, small in zip(named, found, strict=True) if small is not None and not small.is_sparse}
+    asked = [name for name, small in plain.items() if not _is_whole(small)]
+    found = torch.autograd.grad(out, [named[name] for name in asked], sent * LOUDER) if asked else ()
+    lost = {name: out.new_zeros((), dtype=torch.float32) for name in plain}
+    for name, large in zip(asked, found, strict=True):
+        there = large != 0
+        lost[name] = ((plain[name] == 0) & there).sum() / there.sum().clamp_min(1)
+    if lost:
+        step.record_all("backward.lost", tuple(lost), torch.stack([*lost.values()]))
+
+
+def _is_whole(gradient: Tensor) -> bool:
+    """Whether at least half of a gradient is not 0: what was lost of it is not most of what there is.
+
+    Asked only in the host's own memory, as any other is waited for.
+    """
+    return gradient.device.type == "cpu" and 2 * int(torch.count_nonzero(gradient).numpy()) >= gradient.numel()
 
 
 def _ask(run: Run, step: Step, rows: Batch, missing: list[str], was: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lab import Batch, History, Run, Step
 
-ROWS = 4  # of an experiment: the first and the last are kept, and those between are exchanged
+ROWS = 3  # of an experiment: the first and the last are kept, and the one between is exchanged
 UNKNOWN = "which axis is the batch is not known, or there are too few rows"
 COARSE = 0.05  # between what bfloat16 rounds, 2^-8 a number, and the smallest mistake that is one of kind
 
@@ -40,7 +40,7 @@ ALONG_BATCH = Cause(
 @probe(
     "places",
     title="Does it matter where in a batch a row stands?",
-    cost="two forward passes on four rows",
+    cost="two forward passes on three rows",
     examines=True,
     seldom=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from lab import Probe, Stage, probe, torch
@@ -262,8 +263,21 @@ def _changed(out: Any) -> Any:
         return type(out)(map(_changed, out))
     if not torch.is_tensor(out) or not plain(out):
         return out
-    # Read as a whole number, the next number of the format is one more. Up or down is the first bit of a product that
-    # depends on all bits: without a pattern, and the same for what is the same, as rounding is.
-    bits = out.contiguous().view(_whole(out))
-    other = (bits + (bits * MIXER >> (8 * out.element_size() - 1) | 1)).view(out.dtype)
-    return torch.where((out != 0) & other.isfinite(), other, out)
+    # Up or down is the first bit of a product that depends on all bits: without a pattern, and the same for what is the
+    # same, as rounding is. Of a number between 2^k and 2^(k+1) a unit is eps 2^k: a share of 5/8 eps of it is between
+    # 5/8 and 5/4 of that, and what is added is rounded to one. 0 stays 0; what is infinite, or as large as a mask's
+    # largest number, is given too little to be another.
+    minus, share = _bits(out.dtype)
+    sign = out.view(_whole(out)) * MIXER
+    sign &= minus
+    sign |= share
+    large = torch.finfo(out.dtype).max / 4
+    return out.addcmul(out.clamp(-large, large), sign.view(out.dtype))
+
+
+@functools.cache
+def _bits(dtype: torch.dtype) -> tuple[int, int]:
+    """The bit that makes a number negative, and those of the share by which one is changed, as whole numbers."""
+    numbers = torch.tensor([-0.0, 0.625 * torch.finfo(dtype).eps], dtype=dtype)
+    minus, share = numbers.view(_whole(numbers)).tolist()
+    return minus, share

@@ -43,6 +43,8 @@ def test_what_is_equal_is_moved_alike_and_0_and_whole_numbers_and_views_are_not(
         nothing = x * 0.0
         largest = torch.full((2,), torch.finfo(torch.float32).max) * x[:1].sign()
         made = torch.ones(3)
+        hidden = torch.full((2,), torch.inf) * torch.tensor([1.0, -1.0])
+    assert hidden.tolist() == [torch.inf, -torch.inf]
     assert added[0] == added[1] != 3.5
     assert torch.equal(read, x.view(2, 2))
     assert kept.tolist() == [1, 2, 3, 4]
