@@ -13,6 +13,7 @@ measured by the benchmarks of this checkout: one ruler for both.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import subprocess
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 QUICK = ("hooks", "store", "startup")
 RUNNABLE = (*QUICK, "diff", "matrix", "overhead", "scenario", "throughput")
+CHANCE = 0.05
+ROUNDS = 4  # of each: all of one before all of the other by chance in 2 of 70 cases; of three each in 2 of 20
 FAMILIES = ("faults", "probes", "plugins", "scenarios")
 
 
@@ -42,7 +45,7 @@ def main() -> int:
     options.add_argument("a", help="a commit, as git names it")
     options.add_argument("b", help="another")
     options.add_argument("--run", nargs="*", metavar="BENCHMARK", help=f"measure now; by default {' '.join(QUICK)}")
-    options.add_argument("--rounds", type=int, default=3, help="with --run: how often each of the two")
+    options.add_argument("--rounds", type=int, default=ROUNDS, help="with --run: how often each of the two; four tell")
     given = options.parse_args()
     try:
         print("\n".join(table(given)))
@@ -143,6 +146,8 @@ def compare(results: Sequence[Result], a: str, b: str) -> list[str]:
     for key in shared:
         setting, name = key
         lines.append(line(f"{setting[0]}: {name}", found[a][key], found[b][key]))
+    if any(len(found[commit][key]) == 1 for commit in (a, b) for key in shared):
+        lines.append("Measured in one process, which has its own luck: --run says whether a small change is one.")
     left = len(found[a].keys() ^ found[b].keys())
     return [*lines, f"{left} figures of one of the two alone"] if left else lines
 
@@ -168,25 +173,28 @@ def line(title: str, a: Sequence[Figure], b: Sequence[Figure]) -> str:
 
 
 def judged(a: Sequence[Figure], b: Sequence[Figure]) -> str:
-    """Say whether a change is beyond what repeats differ by.
+    """Say whether a change is beyond what repeats differ by: no repeat of one lies between those of the other.
 
-    Where a commit was measured more than once, its values are the repeats. Those within one measurement share a
-    process, and with it whatever that was given by chance.
+    Where both commits were measured more than once, their values are the repeats. Without a change each order of all of
+    them is as likely as any other, so that all of one stand before all of the other by chance in 2 cases of
+    ``(n+m choose n)``. Where that is above 1 in 20 the repeats are too `few` to tell.
     """
-    (low_a, high_a, several_a), (low_b, high_b, several_b) = spread(a), spread(b)
+    (low_a, high_a), (low_b, high_b) = spread(a), spread(b)
     if low_a == high_a == low_b == high_b:
         return "equal"
-    if not several_a or not several_b:
+    counts = len(a), len(b)
+    if min(counts) == 1 and (low_a == high_a or low_b == high_b):
         return "once"
+    if min(counts) > 1 and 2 / math.comb(sum(counts), counts[0]) > CHANCE:
+        return "few"
     return "beyond" if high_a < low_b or high_b < low_a else "within"
 
 
-def spread(figures: Sequence[Figure]) -> tuple[float, float, bool]:
-    """Return the smallest and the largest repeat of a figure, and whether there are several."""
-    low, high = min(figure.low for figure in figures), max(figure.high for figure in figures)
-    if len(figures) > 1:
-        low, high = min(figure.value for figure in figures), max(figure.value for figure in figures)
-    return low, high, len(figures) > 1 or low < high
+def spread(figures: Sequence[Figure]) -> tuple[float, float]:
+    """Return the smallest and the largest repeat of a figure; of one measurement, those within it."""
+    if len(figures) == 1:
+        return figures[0].low, figures[0].high
+    return min(figure.value for figure in figures), max(figure.value for figure in figures)
 
 
 def _budget(figures: Sequence[Figure], value: float) -> str:

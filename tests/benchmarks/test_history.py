@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +129,9 @@ def test_each_in_turn_and_as_often_as_the_others() -> None:
 
 def told(*results: Any) -> str:
     lines = compare.compare(results, A, B)
-    assert len(lines) == 2
+    alone = len(results) == 2
+    assert ("one process" in lines[-1]) == alone
+    assert len(lines) == 2 + alone
     return str(lines[1])
 
 
@@ -144,7 +148,19 @@ def test_one_measurement_alone_has_no_spread() -> None:
 
 def test_of_several_measurements_their_values_are_the_repeats() -> None:
     wide = 0.5, 1.0, 1.5  # within one process
-    assert "beyond" in told(*[result(A, *wide)] * 2, result(A, 1.01), result(B, 1.1), result(B, 1.2))
+    first = [*[result(A, *wide)] * 3, result(A, 1.01)]
+    assert "beyond" in told(*first, *[result(B, 1.1)] * 4)
+    assert "within" in told(*first, result(B, 1.005), *[result(B, 1.1)] * 3)
+    assert "few" in told(*first[1:], *[result(B, 1.1)] * 3)
+
+
+def test_of_commits_without_a_difference_few_are_told_apart() -> None:
+    chance, trials, count = random.Random(0), 3000, 0
+    for _ in range(trials):
+        one, other = ([history.single(chance.lognormvariate(0, 0.1)) for _ in range(compare.ROUNDS)] for _ in "ab")
+        count += compare.judged(one, other) == "beyond"
+    expected = 2 / 70
+    assert abs(count / trials - expected) < 4 * math.sqrt(expected / trials)
 
 
 def test_a_budget_stands_beside_the_newer_figure() -> None:
