@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 
 def _threads_cost(profile: Profile, _history: History, _at: str) -> Saving:
-    """What products and copies gain with as many threads as cores, the whole of the model may."""
-    now, fair = profile.machine, profile.fair
-    if fair is None:
-        raise NotChecked("it was not measured what fewer threads would take")
-    ratio = now.flops["float32"] / fair.flops["float32"]
-    why = f"a product takes {1 / ratio:.2f} times as long in {now.threads} threads as in {fair.threads}"
-    return Saving(max(0.0, 1 - ratio) * (profile.model.seconds + profile.part("loss").seconds), why)
+    """What a pass gains in as many threads as there are cores, model and loss may on both ways."""
+    if profile.fair >= 1:
+        raise NotChecked("a pass took no longer in these threads than in fewer")
+    work = profile.model.seconds + profile.part("loss").seconds
+    why = f"a pass takes {1 / profile.fair:.2f} times as long in {profile.machine.threads} threads as with one a core"
+    return Saving((1 - profile.fair) * work, why)
 
 
 def _second_pass_cost(profile: Profile, history: History, _at: str) -> Saving:

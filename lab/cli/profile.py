@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lab.cli.options import json_option, plugin_option, print_json
-from lab.cli.run import asked, checked, new_name, refused_runs_removed
+from lab.cli.run import asked, checked, new_name, refused_runs_removed, use_components
 from lab.errors import BadInput, NotChecked
 from lab.files import new_folder
 
@@ -18,6 +18,9 @@ from lab.files import new_folder
 @click.option("--steps", type=click.IntRange(1, 10_000_000), help="In place of the scenario's number of steps.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder; by default a new one in ./runs.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda, cuda:1, ...")
+@click.option(
+    "--use", "uses", multiple=True, metavar="PROJECT=FILE", help="Profile your own component. May be repeated."
+)
 @click.option("--trace/--no-trace", default=True, show_default=True, help="Write a trace by PyTorch's own profiler.")
 @click.option("--sample/--no-sample", default=True, show_default=True, help="Let py-spy write a flame graph.")
 @json_option
@@ -29,6 +32,7 @@ def profile(
     steps: int | None,
     out: Path | None,
     device: str,
+    uses: tuple[str, ...],
     trace: bool,
     sample: bool,
     as_json: bool,
@@ -45,6 +49,7 @@ def profile(
     name, loaded = asked(scenario, seed, steps)
     catalogue = checked(loaded, plugins, scenario)
     folder = out or new_name(f"profile-{name}", loaded.seed)
+    use_components(uses)
     from lab.profiling.keep import keep
     from lab.profiling.tools import make_tools
     from lab.runtime.profile import profile_scenario

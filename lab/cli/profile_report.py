@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lab.profiling.gains import Change
     from lab.profiling.profile import Profile, Row
 
-SHOWN = 14  # places, and operators
+SHOWN, OPERATORS = 14, 6  # places, and operators
 COLOUR = {
     "compute": "green",
     "memory": "cyan",
@@ -34,7 +34,8 @@ COLOUR = {
 
 def print_profile(profile: Profile, changes: Sequence[Change], console: Console, title: str, *more: str) -> None:
     """Print where time and memory go, and what to change first."""
-    parts: list[RenderableType] = [_head(profile), Text(), _places(profile), Text(), _memory(profile), Text()]
+    parts: list[RenderableType] = [_head(profile), Text(), _places(profile), Text(), _operators(profile), Text()]
+    parts += [_memory(profile), Text()]
     parts += [_changes(profile, changes), *([Text()] if more else []), *(Text(line, "yellow") for line in more)]
     heading = Text.assemble((" profile ", "bold blue reverse"), f" {title} ")
     console.print(Panel(Group(*parts), title=heading, title_align="left", border_style="blue", padding=(1, 2)))
@@ -104,6 +105,25 @@ def _line(profile: Profile, name: str, rows: Iterable[Row]) -> list[RenderableTy
         f"{sum(row.roof for row in rows) / seconds:.0%}" if moved else "",
         Text(bound, COLOUR.get(bound, "")),
     ]
+
+
+def _operators(profile: Profile) -> RenderableType:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("operator", max_width=34, overflow="ellipsis", no_wrap=True)
+    for name in ("ms", "calls", "GFLOP", "MB", "GFLOP/s", "GB/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in profile.operators[:OPERATORS]:
+        cost, seconds = each.cost, each.seconds or float("inf")
+        table.add_row(
+            escape(each.name),
+            _ms(each.seconds),
+            str(cost.calls),
+            f"{cost.flops / 1e9:.3g}" if cost.flops else "",
+            f"{cost.bytes / 1e6:.3g}",
+            f"{cost.flops / seconds / 1e9:.0f}" if cost.flops else "",
+            f"{cost.bytes / seconds / 1e9:.1f}",
+        )
+    return table
 
 
 def _ms(seconds: float) -> str:

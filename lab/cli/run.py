@@ -80,7 +80,7 @@ def run(
     catalogue = checked(loaded, plugins, given)
     folder = resume or out or new_name(name, loaded.seed)
 
-    _use(uses)
+    use_components(uses)
     from lab.runtime.run import find_device, run_scenario
 
     find_device(device)
@@ -227,7 +227,7 @@ def stopped(
         raise BadInput(f"{path}: not what the lab wrote: {one_line(error)}") from None
 
 
-def _use(uses: tuple[str, ...]) -> None:
+def use_components(uses: tuple[str, ...]) -> None:
     """Let the learner's files stand for the lab's components, the earliest project first.
 
     Raises:

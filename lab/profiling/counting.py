@@ -60,6 +60,7 @@ class Counter(TorchDispatchMode):
 
     Attributes:
         costs: By place and name of the operator.
+        seconds: The same, how long they ran.
         formats: FLOPs by place and by the name of the format that is multiplied.
         ledger: What is in memory.
     """
@@ -67,6 +68,7 @@ class Counter(TorchDispatchMode):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.costs: dict[tuple[Place, str], Cost] = defaultdict(Cost)
+        self.seconds: dict[tuple[Place, str], float] = defaultdict(float)
         self.formats: dict[Place, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self.ledger = ledger
         self._place = LOOP
@@ -78,9 +80,11 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute, and count it."""
         kwargs = kwargs or {}
+        begun = time.perf_counter()
         out = func(*args, **kwargs)
-        place = self._place
+        ended, place = time.perf_counter(), self._place
         if place != WATCHING:
+            self.seconds[place, func.overloadpacket.__name__] += ended - begun
             cost = cost_of(func, args, kwargs, out)
             self.costs[place, func.overloadpacket.__name__].add(cost)
             if cost.flops:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lab.profiling.profile import Profile, Row
 
 NUMBERS, ROOFLINE, MEMORY = "profile.json", "roofline.png", "memory.png"
-NAMED = 8  # places that a picture names
+NAMED = 6  # places that a picture names
 MARKS = {"forward": "o", "backward": "s", "no gradient": "^", "": "D"}
 COLOURS = {
     "parameters": "#3b528b",
@@ -68,22 +68,23 @@ def roofline(profile: Profile) -> Figure:
         if place < NAMED:
             axes.annotate(f"{row.name} {row.direction}", (x, y), (6, -3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s", xlim=(left, right))
+    axes.xaxis.set_minor_formatter("")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.2)
     return figure
 
 
 def memory(profile: Profile) -> Figure:
     """Bytes of each kind through one step, and of the process."""
-    figure, axes = _figure("Memory through one step, by what it is for")
+    figure, axes = _figure("Memory through one step, by what it is for", pad=18)
     places = range(len(profile.memory["parameters"]))
     lines = [[size / 2**20 for size in profile.memory[kind]] for kind in KINDS]
     axes.stackplot(places, lines, labels=KINDS, colors=[COLOURS[kind] for kind in KINDS])
     for name, begin in _parts(profile):
         axes.axvline(begin, color="0.4", lw=0.8)
-        axes.annotate(f" {name}", (begin, 1.0), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+        axes.annotate(f" {name}", (begin, 1.01), xycoords=("data", "axes fraction"), fontsize=8)
     axes.set(xlabel="operators", ylabel="MiB of tensors", xlim=(0, max(1, len(places) - 1)), ylim=(0, None))
-    axes.margins(y=0.12)
-    axes.legend(loc="upper right", fontsize=8, framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=len(KINDS), fontsize=8, frameon=False)
     return figure
 
 
@@ -97,12 +98,12 @@ def _parts(profile: Profile) -> list[tuple[str, int]]:
     return [*found.items()]
 
 
-def _figure(title: str) -> tuple[Figure, Any]:
+def _figure(title: str, pad: float = 6) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, pad=pad)
     return figure, axes
 
 

@@ -5,6 +5,7 @@ Measured, not looked up: it depends on threads, on neighbours and on the build o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 SIDE = 768  # of the square matrices: large enough for a kernel's best, and a few milliseconds each
 LARGE = 128 * 2**20  # bytes: beyond every cache of a core
@@ -72,12 +73,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(count: int, work: Callable[[], Machine]) -> Machine:
-    """Measure in so many threads."""
+@contextlib.contextmanager
+def in_threads(count: int) -> Iterator[None]:
+    """Compute in so many threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        return work()
+        yield
     finally:
         torch.set_num_threads(before)
 

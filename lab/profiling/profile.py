@@ -70,10 +70,11 @@ class Row:
 
 @dataclass
 class Operator:
-    """An operator, in all of a step: what it costs by theory."""
+    """An operator, in all of a step: what it costs by theory, and how long it ran, on the host's clock."""
 
     name: str
     cost: Cost
+    seconds: float
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Profile:
         timed: Seconds of a step that was timed by place.
         rows: By place, the longest first, without what the training loop itself took.
         loop: Seconds between all places: Python, and whatever the loop does.
-        operators: By operator.
+        operators: By operator, the longest first; timed in the step that was counted.
         machine: What is possible.
         memory: Bytes of each kind after each operator of a step.
         process: Resident bytes, by number of the operator.
@@ -96,7 +97,7 @@ class Profile:
         shape: Of the first tensor of a batch.
         output: Bytes of what the model answers.
         passes: How often the model is called in a step, to be trained.
-        fair: What the machine can do in as many threads as it has cores, where the training uses more; else None.
+        fair: What share of its time a pass takes in as many threads as there are cores, where there are more; else 1.
     """
 
     step: float
@@ -114,7 +115,7 @@ class Profile:
     shape: tuple[int, ...]
     output: int
     passes: float
-    fair: Machine | None = None
+    fair: float = 1.0
 
     @property
     def named(self) -> float:
@@ -187,11 +188,13 @@ class Profile:
             "named": self.named,
             "loop_seconds": self.loop,
             "places": [row.to_dict() for row in self.rows],
-            "operators": [{"name": each.name, **asdict(each.cost)} for each in self.operators],
+            "operators": [{"name": each.name, "seconds": each.seconds, **asdict(each.cost)} for each in self.operators],
             "machine": self.machine.to_dict(),
             "memory": {
                 "peak_bytes": self.peak,
                 "peak_by_kind": self.at_peak(),
+                "timeline": {kind: [*sizes] for kind, sizes in self.memory.items()},
+                "process": {str(number): size for number, size in self.process.items()},
                 "held": [{"place": place, "kind": kind, "bytes": size} for place, kind, size in self.held],
             },
             "beside": {name: {"seconds": scope.times, "tokens": scope.tokens} for name, scope in self.scopes.items()},
@@ -223,11 +226,13 @@ def profile_of(recorder: Recorder) -> Profile:
             row = rows.setdefault(place, Row(*place))
             row.seconds += spent / count * scale
             row.calls += each.entered.get(place, 0) / count
-    operators: dict[str, Cost] = defaultdict(Cost)
+    operators: dict[str, Operator] = {}
     if counter is not None:
         for (place, name), cost in counter.costs.items():
             rows.setdefault(place, Row(*place)).cost.add(cost)
-            operators[name].add(cost)
+            known = operators.setdefault(name, Operator(name, Cost(), 0.0))
+            known.cost.add(cost)
+            known.seconds += counter.seconds[place, name]
         for place, formats in counter.formats.items():
             rows[place].formats = dict(formats)
     loop = rows.pop(LOOP, Row(*LOOP)).seconds
@@ -235,13 +240,13 @@ def profile_of(recorder: Recorder) -> Profile:
     for row in rows.values():
         row.share = row.seconds / step
         _judged(row, machine)
-    busiest = sorted(operators.items(), key=lambda each: -each[1].calls)
+    longest = sorted(operators.values(), key=lambda each: -each.seconds)
     return Profile(
         step=step,
         timed=whole,
         rows=sorted(rows.values(), key=lambda row: -row.seconds),
         loop=loop,
-        operators=[Operator(name, cost) for name, cost in busiest if cost.calls],
+        operators=[each for each in longest if each.cost.calls],
         machine=machine,
         memory=ledger.timeline() if ledger is not None else {kind: [0] for kind in KINDS},
         process=dict(ledger.process) if ledger is not None else {},

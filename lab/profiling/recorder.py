@@ -13,9 +13,10 @@ import torch
 from lab.catalogue import Plugin, plugin
 from lab.errors import NotChecked
 from lab.profiling.counting import Clock, Counter
-from lab.profiling.machine import Machine, cores, in_threads, measure
+from lab.profiling.machine import cores, in_threads, measure
 from lab.profiling.memory import Ledger
 from lab.profiling.places import DATA, LOSS, UPDATE, WATCHING, Place, Places
+from lab.sandbox import sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lab.context import Batch, Run, Step
+    from lab.profiling.machine import Machine
 
 SETTLE = 3  # steps first, in which memory is allocated, and kernels are chosen
 PAIRS = 6  # of steps, one as it is and one timed by place, in turn: so that both meet the same neighbours
 NEEDED = SETTLE + 3 * PAIRS + 1  # steps: before each pair goes one that fills the caches again
+TRIES = 5  # passes in each number of threads
 TURNS = ("settle", "plain", "timed")
 CLEAR, CLIP, SCHEDULE = Place("zero_grad"), Place("clip"), Place("schedule")
 FORMATS = (torch.float32, torch.float64, torch.bfloat16)  # in which products are measured
@@ -89,7 +92,7 @@ class Recorder(Plugin):
         machines: What was possible, before each pair of steps.
         shape: Of the first tensor of a batch.
         output: Bytes of what the model answers.
-        fair: What is possible in as many threads as there are cores, where there are more; else None.
+        fair: What share of its time a pass takes in as many threads as there are cores, where there are more; else 1.
     """
 
     def __init__(self, settle: int = SETTLE, *, watched: bool = True) -> None:
@@ -102,7 +105,7 @@ class Recorder(Plugin):
         self.machines: list[Machine] = []
         self.shape: tuple[int, ...] = ()
         self.output = 0
-        self.fair: Machine | None = None
+        self.fair = 1.0
         self._open, self._counting = contextlib.ExitStack(), contextlib.ExitStack()
         self._places: Places | None = None
         self._clock: Clock | None = None
@@ -159,10 +162,10 @@ class Recorder(Plugin):
         self._next(run)
 
     def lab_end(self, run: Run) -> None:
-        """Let go of what the last step opened, if it never ended; see whether fewer threads would do more."""
+        """Let go of what the last step opened, if it never ended; try fewer threads, if there are too many."""
         self._rest()
         if run.device.type == "cpu" and torch.get_num_threads() > cores():
-            self.fair = in_threads(cores(), lambda: measure(run.device, FORMATS))
+            self.fair = _share_in_threads(run, cores())
         self._open.close()
 
     def lab_error(self) -> None:
@@ -287,3 +290,20 @@ class Recorder(Plugin):
             raise NotChecked(f"too few steps: it takes {NEEDED} that are not examined")
         trained = [timed for timed in self.timed if not timed.evaluates]
         return statistics.median(self.plain), trained or self.timed
+
+
+def _share_in_threads(run: Run, count: int) -> float:
+    """What share of its time a pass of the newest batch takes in so many threads."""
+    if run.step.batch is None:
+        return 1.0
+    batch = run.step.batch
+    times: dict[int, list[float]] = {count: [], torch.get_num_threads(): []}
+    with sandbox(run.model, run.sites), torch.no_grad():
+        for _ in range(TRIES + 1):
+            for threads, taken in times.items():
+                with in_threads(threads):
+                    begun = time.perf_counter()
+                    run.call(batch)
+                    taken.append(time.perf_counter() - begun)
+    few, many = (statistics.median(taken[1:]) for taken in times.values())  # the first in each starts its threads
+    return few / many

@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from lab.cli import status_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from lab.projects.multihead import component
 
 SCRIPT = """
 import sys
@@ -131,3 +129,19 @@ def test_nothing_of_it_is_imported_unless_asked_for(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_a_component_of_ones_own_is_what_is_profiled(tmp_path: Path) -> None:
+    """One that computes its output projection twice: its FLOPs tell."""
+    source = Path(str(component.__file__)).read_text(encoding="utf-8")
+    once = "self.proj(self.merge(mixed))"
+    slow = source.replace(once, f"({once} + {once}) / 2")
+    assert slow != source
+    (tmp_path / "slow.py").write_text(slow, encoding="utf-8")
+    use = ["--use", "multihead=slow.py", "--steps", "24", "--out", "run", "--json"]
+    done = lab("profile", "healthy-multihead", *use, *BARE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    flops = {row["name"]: row["cost"]["flops"] for row in told["places"] if row["direction"] == "forward"}
+    assert flops["blocks.0.attn.proj"] == pytest.approx(2 / 3 * flops["blocks.0.attn.qkv"])
+    assert told["changes"][0]["cause"] == "performance.recompute"

@@ -71,6 +71,15 @@ def test_parts_of_the_loop_are_told_apart(profiled: Profiled) -> None:
     assert profiled.profile.part("optimizer").cost.calls > 0
 
 
+def test_operators_are_counted_and_timed(profiled: Profiled) -> None:
+    operators = {each.name: each for each in profiled.profile.operators}
+    assert operators["addmm"].cost.flops > 0
+    assert sum(each.cost.flops for each in operators.values()) == sum(r.cost.flops for r in profiled.profile.rows)
+    seconds = [each.seconds for each in profiled.profile.operators]
+    assert seconds == sorted(seconds, reverse=True)
+    assert min(seconds) > 0
+
+
 def test_an_evaluation_is_beside_the_steps(profiled: Profiled) -> None:
     assert len(profiled.profile.scopes["evaluation"].times) == 3
     assert profiled.profile.whole("generation") > 0
