@@ -42,7 +42,7 @@ def print_profile(profile: Profile, changes: Sequence[Change], console: Console,
 
 
 def _head(profile: Profile) -> RenderableType:
-    flops = sum(row.cost.flops for row in profile.rows)
+    flops = sum(each.cost.flops for each in profile.operators)
     best = profile.machine.seconds(flops, 0) / profile.step
     machine = profile.machine
     lines = _grid()

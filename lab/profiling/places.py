@@ -40,7 +40,7 @@ class Places:
 
     Args:
         model: Whose modules are told apart.
-        but: Modules that must not be given hooks, nor those in them.
+        but: Modules that must not be given hooks, nor those in them: what they take is their parent's.
 
     Attributes:
         now: The place.
@@ -48,7 +48,7 @@ class Places:
     """
 
     def __init__(self, model: nn.Module, but: Collection[nn.Module] = ()) -> None:
-        inside = {inner for module in but for inner in module.modules() if inner is not module}
+        inside = {inner for module in but for inner in module.modules()}
         self._named = {module: name_of(path, module) for path, module in model.named_modules() if module not in inside}
         self.now = LOOP
         self.entered: Counter[Place] = Counter()
