@@ -29,6 +29,7 @@ LEVELS = [
         "points",
         "tolerance",
         "judging",
+        "recipe",
         "where",
         "blame",
         "explain",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import click
 
 from lab.cli.build import ready_project
 from lab.cli.options import RUNS, json_option, load_catalogue, plugin_option, print_json
-from lab.errors import BadInput, one_line
+from lab.errors import BadInput
 from lab.files import METRICS, RUN, new_folder
 
 if TYPE_CHECKING:
@@ -209,22 +208,16 @@ def stopped(
     Raises:
         BadInput: The folder holds no run, or what it says of it cannot be read.
     """
-    from pydantic import ValidationError
+    from lab.recipe import read_recipe
 
-    from lab.scenario import Scenario, explain
-
-    path = folder / RUN
     try:
-        about = tomllib.loads(path.read_text(encoding="utf-8"))
-        run, scenario = about["run"], Scenario.model_validate(about["scenario"])
-        used = tuple(f"{project}={file}" for project, file in run.get("use", {}).items())
-        return run["scenario"], scenario, plugins or tuple(run.get("plugins", ())), uses or used
-    except FileNotFoundError:
-        raise BadInput(f"--resume {folder}: holds no run; a run folder has a {RUN}") from None
-    except ValidationError as error:
-        raise BadInput(f"{path}: scenario: {explain(error, Scenario)}") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BadInput(f"{path}: not what the lab wrote: {one_line(error)}") from None
+        recipe = read_recipe(folder)
+    except BadInput as error:
+        raise BadInput(f"--resume {error}") from None
+    if recipe.scenario is None:
+        raise BadInput(f"--resume {folder}: a training that the lab did not write; only its own script can go on")
+    used = tuple(f"{project}={file}" for project, file in recipe.uses.items())
+    return recipe.name, recipe.scenario, plugins or recipe.plugins, uses or used
 
 
 def use_components(uses: tuple[str, ...]) -> None:
