@@ -168,7 +168,8 @@ class Session:
             self.store.close()
 
     def _examine(self, step: Step) -> None:
-        if step.batch is not None:
+        asked = self.run.hook.lab_examine.get_hookimpls()  # with nothing to ask, the model need not be copied
+        if step.batch is not None and asked:
             with sandbox(self.run.model, self.run.sites):
                 self.run.plugins.examine(self.run, step)
 
