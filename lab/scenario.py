@@ -188,6 +188,12 @@ class Scenario(Section):
     expect: ExpectSection = ExpectSection(verdict="healthy")
     learn: LearnSection = LearnSection()
 
+    @property
+    def task(self) -> tuple[object, ...]:
+        """What is to be learned: losses of scenarios that differ in it cannot be compared."""
+        data = self.data
+        return self.train.objective, data.source, data.order, data.vocabulary, data.tokenizer, data.merges
+
     @field_validator("project")
     @classmethod
     def _known_project(cls, value: str) -> str:

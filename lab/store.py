@@ -295,6 +295,22 @@ def read_history(path: Path) -> History:
     return history
 
 
+def read_seconds(path: Path) -> Series:
+    """Read back when each step was recorded, in seconds since the start; of several records of a step the first.
+
+    Raises:
+        BadInput: The file is no metric store.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; a run folder holds one of this name")
+    try:
+        with contextlib.closing(_connect(path)) as db:
+            rows = db.execute("SELECT step, min(seconds) FROM steps GROUP BY step ORDER BY step").fetchall()
+    except sqlite3.DatabaseError as error:
+        raise BadInput(f"{path}: not a metric store of the lab, or damaged: {error}") from None
+    return Series(np.array([step for step, _ in rows], dtype=np.int64), np.array([at for _, at in rows], dtype=float))
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     """Open for reading. A folder that cannot be written to has no room for the WAL's index: read a copy then."""
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)

@@ -12,6 +12,7 @@ from lab.cli.bisect import bisect
 from lab.cli.board import board
 from lab.cli.build import build, hint
 from lab.cli.check import check
+from lab.cli.compare import compare
 from lab.cli.diagnose import diagnose
 from lab.cli.diff import diff
 from lab.cli.exec import exec_
@@ -35,6 +36,7 @@ def cli() -> None:
     lab exec train.py          watch a training script of your own
     lab diff RUN RUN           see where two runs part
     lab profile SCENARIO       see where time and memory go, and what to change first
+    lab compare RUN RUN        see which is faster, and needs less
     lab board                  look at the newest run in TensorBoard
 
     Exit status: 0 as expected, 1 something is wrong with the run, 2 bad input.
@@ -51,6 +53,7 @@ for command in (
     exec_,
     diagnose,
     diff,
+    compare,
     bisect,
     profile,
     answer,
