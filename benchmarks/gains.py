@@ -4,11 +4,11 @@
     python benchmarks/gains.py float64 recompute
     python benchmarks/gains.py --repeats 9      # more pairs of runs, less noise
 
-A fault is run in the first of the lab's scenarios that has it alone. The profile is of that run. Beside it, the run
+A fault of the forward pass is run in a decoder of one layer, wide enough that a step is more than noise; each other
+one in the first of the lab's scenarios that has it alone. The profile is of that run. Beside it, the run
 with the fault and the run without it are timed in turn, in one process; of what is saved, the share of a step (or of
 an evaluation, or a token) is compared, by the median of the pairs. Three faults are not repaired by leaving out what
 they added: a product with numbers of float64 becomes one of float32, padding is cut off, and a result is used twice.
-Models have one layer, of some width, so that one faulty layer is much of a step, and a step more than noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lab.runtime.profile import profile_scenario
 from lab.runtime.prove import scenario_of
 from lab.runtime.start import with_start
 from lab.runtime.train import train
-from lab.scenario import make_faults
+from lab.scenario import FaultSection, load_scenario, make_faults
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -198,13 +198,18 @@ def main() -> None:
     print(f"within {CLOSE:.0%}: {close}")
 
 
+def _scenario(fault: str, catalogue: Catalogue) -> Scenario:
+    """The training in which a fault is priced."""
+    if not hasattr(catalogue.faults[fault], "at") or not catalogue.faults[fault].at.startswith("blocks."):
+        return scenario_of(fault, catalogue)[1]
+    decoder = load_scenario("healthy-decoder")[1]
+    model = decoder.model.model_copy(update={"layers": 1, "width": WIDTH})
+    return decoder.model_copy(update={"model": model, "fault": [FaultSection(id=fault)], "check": []})
+
+
 def _line(fault: str, catalogue: Catalogue, repeats: int) -> bool:
     """Print a line; whether both are close."""
-    scenario = with_start(scenario_of(fault, catalogue)[1])
-    if not scenario.train.start:
-        scenario = scenario.model_copy(
-            update={"model": scenario.model.model_copy(update={"layers": 1, "width": WIDTH})}
-        )
+    scenario = with_start(_scenario(fault, catalogue))
     with tempfile.TemporaryDirectory() as folder:
         found = profile_scenario(fault, scenario, catalogue, Path(folder) / "run")
     change = next((change for change in found.changes if change.cause == fault), None)
