@@ -147,7 +147,9 @@ def compare(results: Sequence[Result], a: str, b: str) -> list[str]:
         setting, name = key
         lines.append(line(f"{setting[0]}: {name}", found[a][key], found[b][key]))
     if any(len(found[commit][key]) == 1 for commit in (a, b) for key in shared):
-        lines.append("Measured in one process, which has its own luck: --run says whether a small change is one.")
+        lines.append(
+            "Some were measured in one process, at another time: chance and other work may differ. --run measures now."
+        )
     left = len(found[a].keys() ^ found[b].keys())
     return [*lines, f"{left} figures of one of the two alone"] if left else lines
 
