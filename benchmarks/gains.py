@@ -163,8 +163,8 @@ def timed(scenario: Scenario, faults: Sequence[Fault], *, memory: bool) -> Stopw
     return watch
 
 
-def measured(scenario: Scenario, catalogue: Catalogue, change: Change, repeats: int) -> tuple[float, float]:
-    """The share of the time that is saved, or the bytes; predicted, and measured."""
+def measured(scenario: Scenario, catalogue: Catalogue, change: Change, repeats: int) -> tuple[float, float, float]:
+    """The share of the time that is saved, or the bytes: predicted, measured, and half the range of the pairs."""
     pairs = []
     for _ in range(repeats):
         faults = make_faults(scenario, catalogue, "gains")
@@ -177,7 +177,7 @@ def measured(scenario: Scenario, catalogue: Catalogue, change: Change, repeats: 
         else:
             pairs.append(1 - right.seconds(change.of) / broken.seconds(change.of))
     predicted = change.bytes or 1 - 1 / change.gain
-    return predicted, statistics.median(pairs)
+    return predicted, statistics.median(pairs), (max(pairs) - min(pairs)) / 2
 
 
 def main() -> None:
@@ -216,12 +216,14 @@ def _line(fault: str, catalogue: Catalogue, repeats: int) -> bool:
     if change is None:
         print(f"{fault:<40} nothing is predicted", flush=True)
         return False
-    predicted, seen = measured(scenario, catalogue, change, repeats)
+    predicted, seen, noise = measured(scenario, catalogue, change, repeats)
     near = abs(predicted - seen) <= CLOSE * abs(seen)
+    small = abs(seen) <= noise
+    verdict = "less than noise" if small else "close" if near else "NOT close"
     gains = "" if change.bytes else f"  gain {change.gain:.2f}x, {1 / (1 - seen):.2f}x"
     said = f"saves {_shown(predicted, change)} predicted, {_shown(seen, change)} measured"
-    print(f"{fault:<40} {change.of:<10} {said}  {'close' if near else 'NOT close'}{gains}", flush=True)
-    return near
+    print(f"{fault:<40} {change.of:<10} {said}  {verdict}{gains}", flush=True)
+    return near and not small
 
 
 def _shown(saved: float, change: Change) -> str:
