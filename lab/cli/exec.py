@@ -58,6 +58,10 @@ def exec_(
     Exit status: that of the script. With --strict, 1 when the script ends well and its training is faulty.
     """  # noqa: D301 - to click, the character \b keeps the lines below it apart
     catalogue = load_catalogue(plugins)
+    if profile:
+        from lab.profiling.quiet import import_quietly
+
+        import_quietly()
     from lab.attach.script import Finder, check_script, ended_well, run_script, show_error, status_of
     from lab.processes import own_folder, place
 

@@ -49,6 +49,9 @@ def profile(
     name, loaded = asked(scenario, seed, steps)
     catalogue = checked(loaded, plugins, scenario)
     folder = out or new_name(f"profile-{name}", loaded.seed)
+    from lab.profiling.quiet import import_quietly
+
+    import_quietly()
     use_components(uses)
     from lab.profiling.keep import keep
     from lab.profiling.tools import make_tools
