@@ -2,11 +2,11 @@
 
     python benchmarks/performance_faults.py                     # 5 seeds, with the other cores idle and busy
     python benchmarks/performance_faults.py --seeds 1 --only loader_bound
-    python benchmarks/performance_faults.py --every             # all scenarios of each fault, and not the first alone
+    python benchmarks/performance_faults.py --every             # all scenarios of each fault, and not one of them
 
-Each fault is run as a scenario of its own has it, for 24 steps, beside the same training without it. Busy means: for
-each core that the process may run on but one, a process that multiplies matrices without end. All rules rest on counts
-and on shares within a run, so both tables should be the same.
+Each fault is run as a scenario of its own has it, for 24 steps from its first on, beside the same training without it.
+Busy means: for each core that the process may run on but one, a process that multiplies matrices without end. All rules
+rest on counts and on shares within a run, so both tables should be the same.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Shown:
 
 
 def scenarios(*, every: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield each fault of the family with a scenario of its own: the first, in one process if there is one; or all."""
+    """Yield each fault of the family with a scenario of its own: one, in one process if there is such; or all."""
     found: dict[str, list[str]] = {}
     for name in find_scenarios():
         scenario = load_scenario(name)[1]
@@ -68,9 +68,10 @@ def scenarios(*, every: bool = False) -> Iterator[tuple[str, str]]:
 
 
 def show(name: str, seed: int, catalogue: Catalogue, steps: int = STEPS) -> Shown:
-    """Run a scenario and its healthy twin."""
-    scenario = load_scenario(name)[1].model_copy(update={"seed": seed, "steps": steps})
-    scenario = with_start(scenario)
+    """Run a scenario and its healthy twin, for so many steps from that on at which the fault begins."""
+    scenario = load_scenario(name)[1]
+    steps += int(scenario.fault[0].parameters.get("from_step", 0))
+    scenario = with_start(scenario.model_copy(update={"seed": seed, "steps": steps}))
     cause, device = catalogue.faults[scenario.fault[0].id].info.cause, find_device("cpu")
     with tempfile.TemporaryDirectory(prefix="lab-performance-") as folder:
         faults = make_faults(scenario, catalogue, name)
