@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from lab import Plugin, plugin, torch
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from lab import Run, Step
 
 FOLDER = "trace"
+LEVEL = "KINETO_LOG_LEVEL"
 
 
 @plugin("torch-profiler", title="Chrome traces of some steps, for TensorBoard's profiler tab and Perfetto")
@@ -34,6 +36,7 @@ class TorchProfiler(Plugin):
         self.said = ""
         self._profiler: Any = None
         self._last = -1
+        self._quiet = False
 
     def lab_start(self, run: Run) -> None:
         """Be ready."""
@@ -77,6 +80,8 @@ class TorchProfiler(Plugin):
                 return
             write(found)
 
+        self._quiet = LEVEL not in os.environ
+        os.environ.setdefault(LEVEL, "6")  # no notes of its own on the terminal; read when it first begins
         self._profiler = profiler.profile(
             activities=activities,
             schedule=profiler.schedule(wait=wait, warmup=self.warmup, active=self.active, repeat=1),
@@ -101,3 +106,5 @@ class TorchProfiler(Plugin):
         profiler, self._profiler = self._profiler, None
         if profiler is not None:
             profiler.stop()
+            if self._quiet:
+                os.environ.pop(LEVEL, None)

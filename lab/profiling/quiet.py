@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # read once, when torch is loaded
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # read once, when torch is loaded
 
 
 def import_quietly() -> None:
