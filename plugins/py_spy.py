@@ -36,7 +36,7 @@ class PySpy(Plugin):
         wait: Steps before it begins.
         seconds: How long it samples, in all; less where the training ends before.
         rate: Samples a second.
-        said: Why there is no flame graph, in one line; empty where there is one.
+        said: What is missing, and why, in one line; empty where nothing is.
     """
 
     def __init__(self, wait: int = 24, seconds: float = 4.0, rate: int = 200) -> None:
@@ -58,6 +58,8 @@ class PySpy(Plugin):
     def lab_end(self) -> None:
         """Let it write what it has."""
         self._end()
+        if self._left and not self.said:
+            self.said = f"the training ended before py-spy could write {', '.join(self._left)}; more steps"
 
     def lab_error(self) -> None:
         """The same."""

@@ -84,6 +84,12 @@ def test_without_py_spy_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, t
     tool._end()
 
 
+def test_a_training_that_is_too_short_for_both_files_is_told_so() -> None:
+    tool = py_spy.PySpy(wait=100)
+    tool.lab_end()
+    assert tool.said == "the training ended before py-spy could write flame.svg, speedscope.json; more steps"
+
+
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
