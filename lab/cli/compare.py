@@ -192,7 +192,8 @@ def _sentences(rounds: Sequence[Round], found: Compared, *, repeated: bool) -> l
         return [f"{once} One timing is no proof."]
     change = found[0][1][1].change
     assert change is not None
-    how = f"{len(rounds)} rounds, each of new processes and another seed, a step of each in turn"
+    count = f"{len(rounds)} rounds" if len(rounds) > 1 else "1 round"
+    how = f"{count}, each of new processes and another seed, a step of each in turn"
     lies = f"an interval holds the truth in {change.confidence:.1%} of such comparisons"
     noise = f"{change.middle:.3f}x of itself ({change.low:.3f} to {change.high:.3f})"
     return [

@@ -38,6 +38,12 @@ def train_rounds(jobs: Sequence[Job], repeats: int) -> Iterator[Round]:
         ranks = job.scenario.train.ranks
         if ranks > 1:
             raise BadInput(f"{job.name}: train.ranks = {ranks}; only trainings of one process are compared")
+    prepared: list[object] = []
+    for job in jobs:
+        start = job.scenario.train.start, job.uses
+        if start[0] and start not in prepared:
+            prepared.append(start)
+            _round([replace(job, prepares=True)], random.Random(0))  # noqa: S311 - an order, not a secret
     for number in range(repeats):
         seeded = [
             replace(job, scenario=job.scenario.model_copy(update={"seed": (job.scenario.seed + number) % SEEDS}))
@@ -50,11 +56,8 @@ def _round(jobs: Sequence[Job], chance: random.Random) -> Round:
     """Train each job once, in turn."""
     trainees: list[Trainee] = []
     try:
-        for job in jobs:
-            trainees.append(Trainee(job))
-            if job.scenario.train.start:
-                trainees[-1].hear()  # it may train the model to start from, which the next then finds
-        waiting = [each for each in trainees if each.told or each.hear()]
+        trainees.extend(Trainee(job) for job in jobs)  # one at a time, so that what was started is ended
+        waiting = [each for each in trainees if each.hear()]
         while waiting:
             chance.shuffle(waiting)
             waiting = [each for each in waiting if each.turn()]

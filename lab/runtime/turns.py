@@ -52,6 +52,8 @@ class Job:
         plugins: Files and modules of plugins.
         uses: The learner's files, by the id of the project.
         device: Where the model lives.
+        prepares: Whether only the model that the scenario starts from is trained, if none is kept. A process that has
+            done so has memory at hand that others have to ask for.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Job:
     plugins: tuple[str, ...] = ()
     uses: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    prepares: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,16 @@ def trained(job: Job, connection: Connection) -> Trained:
     import torch
 
     from lab.runtime.run import check_rows, find_device
-    from lab.runtime.start import with_start
-    from lab.runtime.train import train
+    from lab.runtime.start import find_start, with_start
+    from lab.runtime.train import train, train_start
     from lab.scenario import Scenario, make_faults
 
     device = find_device(job.device)
     scenario = with_start(job.scenario).model_copy(update={"probes": []})
     check_rows(scenario)
+    if job.prepares:
+        find_start(scenario, train_start)
+        return Trained((), ())
     faults = make_faults(scenario, discover(job.plugins, Path.cwd()), job.name)
     turns = Turns(connection)
     with tempfile.TemporaryDirectory(prefix="lab-") as folder:

@@ -128,6 +128,26 @@ def cross_entropy(logits, targets, ignore=-100):
 """
 
 
+def test_training_the_model_to_start_from_counts_for_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
+    base = SMALL.replace('"markov"', '"python-docs"\ntokenizer = "bytes"').replace("steps = 40", "steps = 4")
+    (tmp_path / "base.toml").write_text(base.replace("batch = 8", "batch = 512"))
+    (tmp_path / "one.toml").write_text(NO_MODEL + '[data]\nbatch = 2\n[train]\nstart = "base.toml"\n')
+    found = compared(capsys, "one.toml", "one.toml", "--repeats", "1")  # the first of the three trains it
+    used = [line["median"] for line in lines(found, "memory").values()]
+    assert max(used) < 2 * min(used) + 2**22
+    assert list((tmp_path / "cache").iterdir())
+
+
+NO_MODEL = """
+title = "starts from another"
+project = "backprop"
+steps = 6
+"""
+
+
 def test_what_cannot_be_made_again_is_compared_as_it_was_recorded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
