@@ -12,9 +12,11 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from lab.profiling.costs import tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -207,7 +209,7 @@ def _number(node: Any) -> int:
 def _nodes_since(first: int, output: Any) -> list[Any]:
     """The nodes that lead to an output and were made since, without those that add up gradients of parameters."""
     found: dict[Any, None] = {}
-    waiting = [value.grad_fn for value in _tensors(output) if value.grad_fn is not None]
+    waiting = [value.grad_fn for value in tensors(output) if value.grad_fn is not None]
     while waiting:
         node = waiting.pop()
         if node in found or not first <= _number(node) < LARGEST:
@@ -231,11 +233,3 @@ def _owners(numbers: list[int], calls: list[tuple[int, int, str]]) -> list[str]:
                 inside.append(call)
         found.append(inside[-1][2] if inside else "model")
     return found
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = [*value.values()]
-    return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list)) else []

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from lab.profiling.machine import Machine
     from lab.profiling.memory import Kind
-    from lab.profiling.recorder import Recorder, Scope
+    from lab.profiling.parts import Scope
+    from lab.profiling.recorder import Recorder
 
 ROOT = Place("model", "forward")
 EXPLAINS = 0.5  # of a place's time: what theory has to account for to be what bounds it

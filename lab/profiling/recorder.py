@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from lab.catalogue import Plugin, plugin
+from lab.catalogue import plugin
 from lab.errors import NotChecked
 from lab.profiling.counting import Clock, Counter
 from lab.profiling.machine import cores, in_threads, measure
 from lab.profiling.memory import Ledger
-from lab.profiling.places import DATA, LOSS, UPDATE, WATCHING, Place, Places
+from lab.profiling.parts import Parts
+from lab.profiling.places import UPDATE, WATCHING, Place, Places
 from lab.sandbox import sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from torch import Tensor
-
-    from lab.context import Batch, Run, Step
+    from lab.context import Run, Step
     from lab.profiling.machine import Machine
 
 SETTLE = 3  # steps first, in which memory is allocated, and kernels are chosen
@@ -31,31 +28,7 @@ PAIRS = 6  # of steps, one as it is and one timed by place, in turn: so that bot
 NEEDED = SETTLE + 3 * PAIRS + 1  # steps: before each pair goes one that fills the caches again
 TRIES = 5  # passes in each number of threads
 TURNS = ("settle", "plain", "timed")
-CLEAR, CLIP, SCHEDULE = Place("zero_grad"), Place("clip"), Place("schedule")
 FORMATS = (torch.float32, torch.float64, torch.bfloat16)  # in which products are measured
-
-
-@dataclass
-class Scope:
-    """What happens beside the steps.
-
-    Attributes:
-        times: How long each took, in seconds.
-        tokens: How many were made in them.
-        passes: Of each call of the model, how many positions passed, and seconds.
-    """
-
-    times: list[float] = field(default_factory=list)
-    tokens: int = 0
-    passes: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def slope(self) -> float:
-        """Seconds that a position more takes in a pass, by least squares; 0 where all passes are of one length."""
-        lengths = [length for length, _ in self.passes]
-        if len(set(lengths)) < 2:
-            return 0.0
-        return statistics.linear_regression(lengths, [seconds for _, seconds in self.passes]).slope
 
 
 @dataclass
@@ -77,7 +50,7 @@ class Timed:
 
 
 @plugin("profile", title="Where a step's time and memory go")
-class Recorder(Plugin):
+class Recorder(Parts):
     """Measures steps that nobody examines, one after the other: some in pairs, plain and timed, then one counted.
 
     Args:
@@ -88,7 +61,6 @@ class Recorder(Plugin):
         plain: Seconds of steps that nothing was measured in.
         timed: Steps, by place.
         counter, ledger: What one step computed, and what it kept.
-        scopes: What happened beside the steps: ``evaluation`` and ``generation``.
         machines: What was possible, before each pair of steps.
         shape: Of the first tensor of a batch.
         output: Bytes of what the model answers.
@@ -96,21 +68,20 @@ class Recorder(Plugin):
     """
 
     def __init__(self, settle: int = SETTLE, *, watched: bool = True) -> None:
+        super().__init__()
         self.settle, self.watched = settle, watched
         self.plain: list[float] = []
         self.timed: list[Timed] = []
         self.counter: Counter | None = None
         self.ledger: Ledger | None = None
-        self.scopes = {"evaluation": Scope(), "generation": Scope()}
         self.machines: list[Machine] = []
         self.shape: tuple[int, ...] = ()
         self.output = 0
         self.fair = 1.0
         self._open, self._counting = contextlib.ExitStack(), contextlib.ExitStack()
-        self._places: Places | None = None
         self._clock: Clock | None = None
         self._begun = 0.0
-        self._aside = 0.0
+        self.aside = 0.0
         self._plain: float | None = None
         self._what = ""
         self._turn = -1
@@ -130,7 +101,7 @@ class Recorder(Plugin):
 
     def lab_step_end(self, step: Step) -> None:
         """Take what the step showed, unless it was to be examined."""
-        seconds = time.perf_counter() - self._begun - self._aside
+        seconds = time.perf_counter() - self._begun - self.aside
         what, self._what = self._what, ""
         if self._clock is not None:
             self._clock.stop()
@@ -161,6 +132,12 @@ class Recorder(Plugin):
         """The step is over, with all that follows it: the next begins here."""
         self._next(run)
 
+    def begins(self) -> None:
+        """A step is what the engine says it is, without the lab's own work around it."""
+        self._begun = time.perf_counter()
+        if self._clock is not None:
+            self._clock.restart()
+
     def lab_end(self, run: Run) -> None:
         """Let go of what the last step opened, if it never ended; try fewer threads, if there are too many."""
         self._rest()
@@ -177,7 +154,7 @@ class Recorder(Plugin):
         """Begin to measure the next step, if there is something left to be measured."""
         assert self._places is not None
         self._what = self._wanted()
-        self._aside = 0.0
+        self.aside = 0.0
         if self._what == "settle":
             self.machines.append(measure(run.device, FORMATS))
         if self._what == "timed":
@@ -209,74 +186,6 @@ class Recorder(Plugin):
             self._turn = (self._turn + 1) % len(TURNS)
             return TURNS[self._turn]
         return "counted" if self.counter is None else ""
-
-    # ---------------------------------------------------------------- what the lab's own runtime says of itself
-
-    def _in(self, place: Place) -> contextlib.AbstractContextManager[None]:
-        follows = self._places is not None and self._places.following
-        return self._places.within(place) if self._places is not None and follows else contextlib.nullcontext()
-
-    def lab_step(self) -> Generator[None, bool, bool]:
-        """A step is what the engine says it is, without the lab's own work around it."""
-        self._begun = time.perf_counter()
-        if self._clock is not None:
-            self._clock.restart()
-        return (yield)
-
-    def lab_zero_grad(self) -> Generator[None, bool, bool]:
-        """Clearing the gradients."""
-        with self._in(CLEAR):
-            return (yield)
-
-    def lab_batch(self, step: Step) -> Generator[None, Batch, Batch]:
-        """Making the batch."""
-        with self._in(DATA if step.mode == "train" else WATCHING):
-            return (yield)
-
-    def lab_loss(self, step: Step) -> Generator[None, Tensor, Tensor]:
-        """The loss, on its way forward."""
-        with self._in(LOSS if step.mode == "train" else WATCHING):
-            return (yield)
-
-    def lab_schedule(self) -> Generator[None, float, float]:
-        """The learning rate."""
-        with self._in(SCHEDULE):
-            return (yield)
-
-    def lab_clip(self) -> Generator[None, Tensor, Tensor]:
-        """Clipping."""
-        with self._in(CLIP):
-            return (yield)
-
-    def lab_evaluate(self) -> Generator[None, Tensor, Tensor]:
-        """Beside the steps."""
-        begun = time.perf_counter()
-        with self._in(WATCHING), self._without():
-            loss = yield
-        self._aside += time.perf_counter() - begun
-        self.scopes["evaluation"].times.append(time.perf_counter() - begun)
-        return loss
-
-    def lab_forward(self, step: Step) -> Generator[None, Tensor, Tensor]:
-        """In generation, how long a pass takes by its length."""
-        begun = time.perf_counter()
-        logits = yield
-        if step.mode == "generate" and step.batch is not None and step.batch.inputs is not None:
-            passed = step.batch.inputs.shape[-1], time.perf_counter() - begun
-            self.scopes["generation"].passes.append(passed)
-        return logits
-
-    def lab_generate(self, length: int) -> Generator[None, Tensor, Tensor]:
-        """Beside the steps."""
-        begun = time.perf_counter()
-        tokens = yield
-        self.scopes["generation"].times.append(time.perf_counter() - begun)
-        self.scopes["generation"].tokens += length
-        return tokens
-
-    def _without(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing is followed inside: what an evaluation takes is no part of a step."""
-        return contextlib.nullcontext() if self._places is None else self._places.looking_away()
 
     # ---------------------------------------------------------------- what was found
 
