@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RUN, METRICS, FINDINGS, DIAGNOSIS = "run.toml", "metrics.db", "findings.jsonl", "diagnosis.json"
 CHECKPOINT = "checkpoint.pt"
+PROGRESS = "lab-progress.json"  # of a learner, beside the components
 
 
 def new_folder(folder: Path) -> None:

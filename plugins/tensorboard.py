@@ -21,7 +21,7 @@ NUMBERS = dict.fromkeys(("seed", "steps", "lr", "layers", "width", "heads"), 0)
 SETTINGS = {"scenario": "", "faults": ""} | NUMBERS
 
 # Five colours of viridis, from dark to bright. Equal steps look equal, also in grey.
-VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 RED = (230, 0, 0)
 SMALL, LARGE = 256, 512  # pixels a side
 
@@ -189,7 +189,7 @@ def pixels(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     level = np.where(finite, values, 0.0).clip(min=0)
     level = np.sqrt(level / (level.max() or 1.0))  # beside the 1 of the first row, 1/T would be black
     stops = np.linspace(0, 1, len(VIRIDIS))
-    coloured = np.stack([np.interp(level, stops, channel) for channel in VIRIDIS.T], axis=-1)
+    coloured = np.stack([np.interp(level, stops, channel) for channel in zip(*VIRIDIS, strict=True)], axis=-1)
     coloured[~finite] = RED
     zoom = max(1, min(-(-SMALL // min(values.shape)), LARGE // max(values.shape)))
     return coloured.astype(np.uint8).repeat(zoom, axis=0).repeat(zoom, axis=1)

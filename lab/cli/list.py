@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lab.cli.options import json_option, load_catalogue, plugin_option, print_json
+from lab.files import PROGRESS
 from lab.projects import PROJECTS
 from lab.shelf import find_scenarios
 
@@ -47,6 +50,8 @@ KINDS: dict[str, Callable[[Catalogue], Rows]] = {
 
 def _progress(project: Project) -> str:
     """Say how far the learner of this folder is with a project; empty where not begun."""
+    if not (Path.cwd() / PROGRESS).exists():
+        return ""
     from lab.learn.progress import read_progress
 
     entry = read_progress(Path.cwd()).projects.get(project.id)
@@ -66,34 +71,40 @@ def list_(kind: str | None, *, as_json: bool, plugins: tuple[str, ...]) -> None:
     if as_json:
         print_json(found)
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
+    columns = shutil.get_terminal_size().columns
     for name, rows in found.items():
-        table = Table("id", "what it is", title=f"{name} ({len(rows)})", title_justify="left", box=None, pad_edge=False)
-        table.columns[0].style = "cyan"
-        table.columns[0].no_wrap = True
-        table.show_header = False
+        click.secho(f"{name} ({len(rows)})", italic=True)
+        width = max((len(row["id"]) for row in rows), default=0)
         for row in rows:
-            table.add_row(escape(str(row["id"])), _described(name, row))
-        console.print(table)
-        console.print()
+            _print(row["id"].ljust(width), *_described(name, row), columns)
+        click.echo()
     if kind is None:
-        console.print("[dim]lab show NAME says more; lab run SCENARIO runs one[/]")
+        click.secho("lab show NAME says more; lab run SCENARIO runs one", dim=True)
 
 
-def _described(kind: str, row: dict[str, Any]) -> str:
-    from rich.markup import escape
+def _print(id: str, text: str, more: str, colour: str, columns: int) -> None:
+    """Print an entry: its id, and beside it what it is, on as many lines as that takes.
 
-    text = escape(str(row["title"]))
+    Not by rich, which takes half a second for all entries: this is the command that one types first.
+    """
+    lines = textwrap.wrap(text, max(20, columns - len(id) - 1)) or [""]
+    fits = len(id) + len(lines[-1]) + len(more) + 3 <= columns
+    if more and not fits:
+        lines.append("")
+    for place, line in enumerate(lines):
+        shown = click.style(id, fg="cyan") if place == 0 else " " * len(id)
+        last = place == len(lines) - 1 and more
+        tail = click.style(more, dim=colour == "dim", fg=None if colour == "dim" else colour) if last else ""
+        click.echo(f"{shown} {line}{'  ' if last and line else ''}{tail}")
+
+
+def _described(kind: str, row: dict[str, Any]) -> tuple[str, str, str]:
+    """What an entry is, what is said beside, and the colour of that."""
+    text = row["title"]
     if kind == "projects":
         colour = {"passed": "green", "": "dim"}.get(row["progress"], "yellow")
-        state = f"  [{colour}]{row['progress']}[/]" if row["ready"] else "  [dim](no spec yet)[/]"
-        return f"{row['number']:>2}. {text}{state}"
+        state = (row["progress"], colour) if row["ready"] else ("(no spec yet)", "dim")
+        return f"{row['number']:>2}. {text}", *state
     if kind == "scenarios":
-        return f"{text}  [dim]{row['project']}[/]"
-    if kind == "probes" and row["examines"]:
-        return f"{text}  [dim]examines[/]"
-    return text
+        return text, row["project"], "dim"
+    return text, "examines" if kind == "probes" and row["examines"] else "", "dim"

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lab.errors import BadInput
+from lab.files import PROGRESS
 from lab.projects import PROJECTS, Project
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-FILE = "lab-progress.json"
+FILE = PROGRESS
 
 
 class Entry(BaseModel):
