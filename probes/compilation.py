@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Compilation(Probe):
     """Reads the compiler's own count of how often it has begun to compile each function, at the end of each step.
 
-    Records, once something is compiled, ``compilation.steps``: of the function that was compiled in the most steps, in
-    how many; and ``compilation.limit``, how many versions of a function PyTorch keeps
+    Records ``compilation.steps``: of the function that was compiled in the most steps, in how many; and, once there is
+    one, ``compilation.limit``, how many versions of a function PyTorch keeps
     (``torch._dynamo.config.recompile_limit``).
     """
 
@@ -29,23 +29,14 @@ class Compilation(Probe):
 
     def lab_step_end(self, step: Step) -> None:
         counts = _counts()
-        if not counts or counts == self._before:
-            if self._steps:
-                self._record(step)
-            return
-        if any(count > counts.get(name, 0) for name, count in self._before.items()):  # torch.compiler.reset()
-            self._before, self._steps = {}, Counter()
-        self._steps.update(name for name, count in counts.items() if count > self._before.get(name, 0))
-        self._before = dict(counts)
-        self._record(step)
-
-    def _record(self, step: Step) -> None:
-        step.record("compilation.steps", max(self._steps.values()))
-        step.record("compilation.limit", float(sys.modules["torch._dynamo.config"].recompile_limit))
-
-    def lab_examine(self) -> None:
-        if not self._steps:
-            raise NotChecked("nothing was compiled in this run")
+        if counts != self._before:
+            if any(count > counts.get(name, 0) for name, count in self._before.items()):  # torch.compiler.reset()
+                self._before, self._steps = {}, Counter()
+            self._steps.update(name for name, count in counts.items() if count > self._before.get(name, 0))
+            self._before = dict(counts)
+        step.record("compilation.steps", max(self._steps.values(), default=0))
+        if self._steps:
+            step.record("compilation.limit", sys.modules["torch._dynamo.config"].recompile_limit)
 
 
 def _counts() -> Mapping[int, int]:
@@ -67,10 +58,12 @@ def compilation_again(history: History) -> Iterator[Symptom]:
     At that many it gives up, warns, and runs the function as it was written: all compiling was in vain. Shapes that
     change are compiled for twice, the second time for all; training and evaluation are compiled for once each.
     """
-    series, limit = history.series("compilation.steps"), history.series("compilation.limit").values
+    series, limit = history.series("compilation.steps"), history.last("compilation.limit")
+    if not series.values.any():
+        raise NotChecked("nothing was compiled in this run")
     if found := series.first(series.values > limit):
         step, seen = found
         since = int(series.steps[series.values > 1][0])
         text = f"a compiled function was compiled anew in {seen:.0f} steps until step {step}; PyTorch keeps "
-        text += f"{limit[-1]:.0f} versions of one, and then gives up"
-        yield Symptom(at="", since=since, seen=seen, expected=f"at most {limit[-1]:.0f}", text=text)
+        text += f"{limit:.0f} versions of one, and then gives up"
+        yield Symptom(at="", since=since, seen=seen, expected=f"at most {limit:.0f}", text=text)
