@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 from lab import Plugin, plugin, torch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lab import Run, Step
 
 FOLDER = "trace"
+ENTRIES = 100_000  # of memory taken and given back, on CUDA
 LEVEL = "KINETO_LOG_LEVEL"
 
 
 @plugin("torch-profiler", title="Chrome traces of some steps, for TensorBoard's profiler tab and Perfetto")
 class TorchProfiler(Plugin):
-    """Writes ``trace/*.pt.trace.json``: operators with shapes, memory, stacks and modules.
+    """Writes ``trace/*.pt.trace.json``: operators with shapes, memory, stacks and modules. On CUDA a memory snapshot too.
 
     Attributes:
         wait: Steps before it begins.
@@ -37,6 +40,7 @@ class TorchProfiler(Plugin):
         self._profiler: Any = None
         self._last = -1
         self._quiet = False
+        self._snapshot: Path | None = None
 
     def lab_start(self, run: Run) -> None:
         """Be ready."""
@@ -92,6 +96,9 @@ class TorchProfiler(Plugin):
             with_modules=stacks,
         )
         self._last = wait + self.warmup + self.active - 1
+        self._snapshot = run.folder / FOLDER / "memory.pickle" if run.device.type == "cuda" else None
+        if self._snapshot is not None:
+            torch.cuda.memory._record_memory_history(max_entries=ENTRIES)  # noqa: SLF001 - torch's own way
         self._profiler.start()
 
     def _take(self, found: Any) -> None:
@@ -106,5 +113,9 @@ class TorchProfiler(Plugin):
         profiler, self._profiler = self._profiler, None
         if profiler is not None:
             profiler.stop()
+            if self._snapshot is not None:
+                self._snapshot.parent.mkdir(exist_ok=True)
+                torch.cuda.memory._dump_snapshot(str(self._snapshot))  # type: ignore[no-untyped-call]  # noqa: SLF001
+                torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
             if self._quiet:
                 os.environ.pop(LEVEL, None)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ALLOCATES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 # They read as many rows of their table as they are asked for.
 LOOKS_UP = ("embedding", "index_select", "gather", "index", "slice_scatter")
+# The host has to know what they find before it goes on.
+WAITED_FOR = ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2")
 ATTENTION = "scaled_dot_product"
 
 
@@ -35,6 +37,7 @@ class Cost:
         calls: Operators that computed something.
         views: Operators that only look at memory another way: they compute nothing, and take a moment all the same.
         products: Operators of them that multiply matrices.
+        waits: Operators for which the host waits: they read a number, or need one to know the shape of their answer.
         flops: Of products.
         read, written: Bytes.
     """
@@ -42,6 +45,7 @@ class Cost:
     calls: int = 0
     views: int = 0
     products: int = 0
+    waits: int = 0
     flops: int = 0
     read: int = 0
     written: int = 0
@@ -56,6 +60,7 @@ class Cost:
         self.calls += other.calls
         self.views += other.views
         self.products += other.products
+        self.waits += other.waits
         self.flops += other.flops
         self.read += other.read
         self.written += other.written
@@ -77,7 +82,11 @@ def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
     if name in ("zero_", "fill_", "zeros_like", "ones_like", "full_like", "copy_"):
         read = sum(map(size_of, given[1:]))
     flops = _flops(func, name, args, kwargs, out)
-    return Cost(1, 0, int(flops > 0), flops, read, written)
+    return Cost(1, 0, int(flops > 0), _waits(name, given), flops, read, written)
+
+
+def _waits(name: str, given: Sequence[Tensor]) -> int:
+    return int(name in WAITED_FOR and any(value.device.type != "cpu" for value in given))
 
 
 def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

@@ -284,6 +284,8 @@ def _judged(row: Row, machine: Machine) -> Row:
         row.bound = "loader"
     elif explained[name] >= EXPLAINS * row.seconds:
         row.bound = name
+    elif row.cost.waits:
+        row.bound = "host sync"
     else:
         row.bound = "kernel" if row.roof > dispatch else "Python"
     return row

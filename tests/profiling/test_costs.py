@@ -41,6 +41,11 @@ def counted(module: nn.Module, *inputs: Tensor) -> tuple[Cost, Cost]:
     return ways["forward"], ways["backward"]
 
 
+def linear_back(b: int, n: int, m: int) -> tuple[int, int]:
+    """Numbers read and written: ``G W``, ``G^T X``, and the sum of G for the bias."""
+    return (b * m + n * m) + (b * m + b * n) + b * m, b * n + n * m + m
+
+
 @settings(max_examples=25, deadline=None)
 @given(b=SIZE, n=SIZE, m=SIZE)
 def test_a_linear_layer(b: int, n: int, m: int) -> None:
@@ -48,6 +53,7 @@ def test_a_linear_layer(b: int, n: int, m: int) -> None:
     assert forward.flops == 2 * b * n * m
     assert backward.flops == 4 * b * n * m
     assert forward.bytes == BYTES * (b * n + n * m + m + b * m)  # inputs, weights, bias; outputs
+    assert backward.bytes == BYTES * sum(linear_back(b, n, m))
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,6 +85,9 @@ def test_a_convolution(b: int, channels: int, out: int, side: int) -> None:
     places = F.conv2d(torch.zeros(1, 1, side, side), torch.zeros(1, 1, 3, 3)).numel()
     assert forward.flops == 2 * b * places * 9 * channels * out
     assert backward.flops == 2 * forward.flops
+    x, w, y = b * channels * side * side, out * channels * 9, b * out * places
+    assert forward.bytes == BYTES * (x + w + out + y)
+    assert backward.bytes == BYTES * ((y + x + w) + (x + w + out))
 
 
 @pytest.mark.parametrize(("b", "t", "c", "heads"), [(2, 5, 8, 2), (3, 16, 32, 4)])
@@ -86,6 +95,25 @@ def test_a_whole_block(b: int, t: int, c: int, heads: int) -> None:
     forward, backward = counted(Block(c, heads, 2), torch.randn(b, t, c, requires_grad=True))
     assert forward.flops == 24 * b * t * c * c + 4 * b * t * t * c
     assert backward.flops == 2 * forward.flops
+    n, stream, rows = b * t, b * t * c, b * heads * t
+    linears = [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)]
+    norm = (stream + 2 * c) + (stream + 2 * n)  # gain and shift; mean and deviation of each row
+    assert forward.bytes == BYTES * (
+        2 * norm
+        + sum(n * i + i * o + o + n * o for i, o in linears)
+        + (3 * stream + stream + rows)  # attention
+        + 2 * 4 * stream  # GELU
+        + 2 * 3 * stream  # the sums of the residual stream
+    )
+    norm_back = (2 * stream + 2 * n + 2 * c) + (stream + 2 * c)
+    assert backward.bytes == BYTES * (
+        2 * norm_back
+        + sum(sum(linear_back(n, i, o)) for i, o in linears)
+        + (5 * stream + rows + 3 * stream)  # attention, from its output and its sums
+        + 2 * 3 * stream  # the gradients of queries, keys and values side by side
+        + 3 * 4 * stream  # GELU
+        + 2 * 3 * stream  # where the stream parted, its gradients are added
+    )
 
 
 def test_views_cost_nothing_and_are_counted_apart() -> None:

@@ -152,6 +152,7 @@ def test_each_bound_is_told_from_the_others() -> None:
     assert bound(1e-3, Cost(calls=1, read=4_000_000, written=4_000_000)) == "memory"
     assert bound(1e-3, Cost(calls=600, views=300)) == "dispatch"
     assert bound(1e-3, Cost(calls=20)) == "Python"
+    assert bound(1e-3, Cost(calls=20, waits=1)) == "host sync"
     assert bound(1e-3, Cost(calls=1, read=1_000_000)) == "kernel"
     assert profile_with(Row("data", "", 1e-3)).part("data").bound == "loader"
 
