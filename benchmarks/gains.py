@@ -5,7 +5,7 @@
     python benchmarks/gains.py --repeats 9      # more pairs of runs, less noise
 
 A fault of the forward pass is run in a decoder of one layer, wide enough that a step is more than noise; each other
-one in the first of the lab's scenarios that has it alone. The profile is of that run. Beside it, the run
+one in the first of the lab's scenarios that has it alone, as wide. The profile is of that run. Beside it, the run
 with the fault and the run without it are timed in turn, in one process; of what is saved, the share of a step (or of
 an evaluation, or a token) is compared, by the median of the pairs. Three faults are not repaired by leaving out what
 they added: a product with numbers of float64 becomes one of float32, padding is cut off, and a result is used twice.
@@ -164,7 +164,7 @@ def timed(scenario: Scenario, faults: Sequence[Fault], *, memory: bool) -> Stopw
 
 
 def measured(scenario: Scenario, catalogue: Catalogue, change: Change, repeats: int) -> tuple[float, float, float]:
-    """The share of the time that is saved, or the bytes: predicted, measured, and half the range of the pairs."""
+    """The share of the time that is saved, or the bytes: predicted, measured, half the range of the middle half."""
     pairs = []
     for _ in range(repeats):
         faults = make_faults(scenario, catalogue, "gains")
@@ -177,7 +177,8 @@ def measured(scenario: Scenario, catalogue: Catalogue, change: Change, repeats: 
         else:
             pairs.append(1 - right.seconds(change.of) / broken.seconds(change.of))
     predicted = change.bytes or 1 - 1 / change.gain
-    return predicted, statistics.median(pairs), (max(pairs) - min(pairs)) / 2
+    low, _, high = statistics.quantiles(pairs, n=4)
+    return predicted, statistics.median(pairs), (high - low) / 2
 
 
 def main() -> None:
@@ -201,7 +202,9 @@ def main() -> None:
 def _scenario(fault: str, catalogue: Catalogue) -> Scenario:
     """The training in which a fault is priced."""
     if not hasattr(catalogue.faults[fault], "at") or not catalogue.faults[fault].at.startswith("blocks."):
-        return scenario_of(fault, catalogue)[1]
+        scenario = scenario_of(fault, catalogue)[1]
+        wide = scenario.model.model_copy(update={"width": WIDTH})
+        return scenario if scenario.train.start else scenario.model_copy(update={"model": wide})
     decoder = load_scenario("healthy-decoder")[1]
     model = decoder.model.model_copy(update={"layers": 1, "width": WIDTH})
     return decoder.model_copy(update={"model": model, "fault": [FaultSection(id=fault)], "check": []})

@@ -19,7 +19,7 @@ LEVEL = "KINETO_LOG_LEVEL"
 
 @plugin("torch-profiler", title="Chrome traces of some steps, for TensorBoard's profiler tab and Perfetto")
 class TorchProfiler(Plugin):
-    """Writes ``trace/*.pt.trace.json``: operators with shapes, memory, stacks and modules. On CUDA a memory snapshot too.
+    """Writes ``trace/*.pt.trace.json``: operators with shapes, memory, stacks and modules; on CUDA a snapshot.
 
     Attributes:
         wait: Steps before it begins.

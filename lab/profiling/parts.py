@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -37,11 +38,12 @@ class Scope:
 
     @property
     def slope(self) -> float:
-        """Seconds that a position more takes in a pass, by least squares; 0 where all passes are of one length."""
-        lengths = [length for length, _ in self.passes]
-        if len(set(lengths)) < 2:
-            return 0.0
-        return statistics.linear_regression(lengths, [seconds for _, seconds in self.passes]).slope
+        """Seconds that a position more takes in a pass; 0 where all passes are of one length.
+
+        The median over all pairs of passes (Theil, 1950; Sen, 1968): a pass that was interrupted moves it little.
+        """
+        pairs = itertools.combinations(self.passes, 2)
+        return statistics.median([(b - a) / (m - n) for (n, a), (m, b) in pairs if m != n] or [0.0])
 
 
 class Parts(Plugin):
