@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import NotChecked
+from lab.profiling.machine import cores
 
 if TYPE_CHECKING:
     from lab.catalogue import Catalogue
@@ -116,6 +117,7 @@ def possible(profile: Profile) -> list[Change]:
             "the training loop takes it, outside of the model, the loss and the optimizer",
         ),
         _narrower(profile, computing),
+        _threads(profile),
     ]
     worth = [change for change in found if change is not None and change.seconds >= WORTH * profile.step]
     return sorted(worth, key=lambda change: -change.seconds)
@@ -144,6 +146,20 @@ def _narrower(profile: Profile, rows: list[Row]) -> Change | None:
     ratio = peaks["bfloat16"] / peaks["float32"]
     why = f"a product in bfloat16 takes 1/{ratio:.1f} of the time here; the format holds 3 digits"
     return Change("products in bfloat16: torch.autocast", _where(rows), saved, "step", amdahl(profile.step, saved), why)
+
+
+def _threads(profile: Profile) -> Change | None:
+    """More threads, which were tried on a pass of the newest batch. Too many of them are a cause of their own."""
+    if profile.fair >= 1 or profile.machine.threads >= cores():
+        return None
+    work = profile.model.seconds + profile.part("loss").seconds
+    seconds = (1 - profile.fair) * work
+    now = profile.machine.threads
+    why = (
+        f"a pass takes {1 / profile.fair:.2f} times as long in {now} thread{'s' if now > 1 else ''} as with one a core"
+    )
+    what = "a thread for each core: torch.set_num_threads, OMP_NUM_THREADS; unless other processes need them"
+    return Change(what, "model", seconds, "step", amdahl(profile.step, seconds), why)
 
 
 def _where(rows: list[Row]) -> str:

@@ -98,7 +98,7 @@ class Profile:
         shape: Of the first tensor of a batch.
         output: Bytes of what the model answers.
         passes: How often the model is called in a step, to be trained.
-        fair: What share of its time a pass takes in as many threads as there are cores, where there are more; else 1.
+        fair: What share of its time a pass takes in as many threads as there are cores; 1 where there are as many.
     """
 
     step: float

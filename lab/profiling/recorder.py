@@ -64,7 +64,7 @@ class Recorder(Parts):
         machines: What was possible, before each pair of steps.
         shape: Of the first tensor of a batch.
         output: Bytes of what the model answers.
-        fair: What share of its time a pass takes in as many threads as there are cores, where there are more; else 1.
+        fair: What share of its time a pass takes in as many threads as there are cores; 1 where there are as many.
     """
 
     def __init__(self, settle: int = SETTLE, *, watched: bool = True) -> None:
@@ -139,9 +139,9 @@ class Recorder(Parts):
             self._clock.restart()
 
     def lab_end(self, run: Run) -> None:
-        """Let go of what the last step opened, if it never ended; try fewer threads, if there are too many."""
+        """Let go of what the last step opened, if it never ended; try a thread for each core."""
         self._rest()
-        if run.device.type == "cpu" and torch.get_num_threads() > cores():
+        if run.device.type == "cpu" and torch.get_num_threads() != cores():
             self.fair = _share_in_threads(run, cores())
         self._open.close()
 

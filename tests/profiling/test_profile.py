@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -163,6 +164,17 @@ def test_what_waits_for_its_data_is_told_so() -> None:
     assert (first.at, first.seconds) == ("data", 3e-3)
     assert first.gain == pytest.approx(4.0)
     assert first.bound
+
+
+def test_idle_cores_are_told_of_where_a_pass_was_quicker_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lab.profiling.gains.cores", lambda: 2)
+    layer = Row("layer", "forward", 1e-3, cost=Cost(flops=2 * 10**8), formats={"bfloat16": 2 * 10**8})
+    profile = replace(profile_with(layer), fair=0.6)
+    [change] = possible(profile)
+    monkeypatch.setattr("lab.profiling.gains.cores", lambda: 1)
+    assert possible(profile) == []
+    assert change.seconds == pytest.approx(0.4e-3)
+    assert "1.67 times as long in 1 thread as with one for each core" in change.why
 
 
 def test_a_training_at_its_roof_is_told_nothing() -> None:
