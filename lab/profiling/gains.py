@@ -152,12 +152,9 @@ def _threads(profile: Profile) -> Change | None:
     """More threads, which were tried on a pass of the newest batch. Too many of them are a cause of their own."""
     if profile.fair >= 1 or profile.machine.threads >= cores():
         return None
-    work = profile.model.seconds + profile.part("loss").seconds
-    seconds = (1 - profile.fair) * work
-    now = profile.machine.threads
-    why = (
-        f"a pass takes {1 / profile.fair:.2f} times as long in {now} thread{'s' if now > 1 else ''} as with one a core"
-    )
+    seconds = (1 - profile.fair) * (profile.model.seconds + profile.part("loss").seconds)
+    threads = f"{profile.machine.threads} thread{'s' if profile.machine.threads > 1 else ''}"
+    why = f"a pass takes {1 / profile.fair:.2f} times as long in {threads} as with one for each core"
     what = "a thread for each core: torch.set_num_threads, OMP_NUM_THREADS; unless other processes need them"
     return Change(what, "model", seconds, "step", amdahl(profile.step, seconds), why)
 
