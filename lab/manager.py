@@ -6,6 +6,7 @@ a probe or a profiler sees what the fault left behind, and the core's own answer
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -51,8 +52,7 @@ def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Ca
         BadInput: A named file or module cannot be used.
     """
     catalogue = Catalogue()
-    points = importlib.metadata.entry_points(group=GROUP)
-    for point in sorted(points, key=lambda point: not point.module.startswith("lab.")):  # ours keep their ids
+    for point in _entry_points():
         try:
             for module in _family(importlib.import_module(point.module)):
                 _check_hooks_of_module(module, module.__name__)
@@ -73,11 +73,32 @@ def discover(files: Iterable[str | Path] = (), folder: Path | None = None) -> Ca
     return catalogue
 
 
+def load_for(purpose: str) -> list[type[Plugin]]:
+    """Load the plugins that a family keeps for who asks for `purpose`: its ``ON_REQUEST`` names modules and purposes.
+
+    Raises:
+        BadInput: One of them does not load.
+    """
+    catalogue = Catalogue()
+    for point in _entry_points():
+        kept: dict[str, str] = {}
+        with contextlib.suppress(Exception, SystemExit):  # `discover` says that it is broken
+            kept = getattr(importlib.import_module(point.module), "ON_REQUEST", {})
+        for name in (name for name, use in kept.items() if use == purpose):
+            load_named(catalogue, f"{point.module}.{name}")
+    return [*catalogue.plugins.values()]
+
+
+def _entry_points() -> list[importlib.metadata.EntryPoint]:
+    points = importlib.metadata.entry_points(group=GROUP)
+    return sorted(points, key=lambda point: not point.module.startswith("lab."))  # ours keep their ids
+
+
 def _family(module: ModuleType) -> list[ModuleType]:
     """Return the module; of a package, each module in it but those that it names in ``ON_REQUEST``."""
     if not hasattr(module, "__path__"):
         return [module]
-    apart = getattr(module, "ON_REQUEST", ())
+    apart = getattr(module, "ON_REQUEST", {})
     names = sorted(info.name for info in pkgutil.iter_modules(module.__path__) if info.name not in apart)
     return [importlib.import_module(f"{module.__name__}.{name}") for name in names]
 

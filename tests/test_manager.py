@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lab
 from lab.errors import FaultFailed
-from lab.manager import Manager, discover
+from lab.manager import Manager, discover, load_for
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -687,3 +687,18 @@ def test_an_examination_that_never_can_judge_is_noted_to_the_end(small_run: Smal
     _, history = small_run(keeper, Never(), probes=False, steps=3)
     assert history.reasons == keeper.plugins.declined == {"test.probe": "not on this model"}
     assert keeper.plugins.set_aside == {}
+
+
+def test_a_package_may_keep_a_tool_for_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = tmp_path / "traced-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: traced\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[lab]\ntraced = traced_lab\n")
+    (tmp_path / "traced_lab").mkdir()
+    (tmp_path / "traced_lab" / "__init__.py").write_text('ON_REQUEST = {"slow": "trace"}\n')
+    tool = 'import lab\n\n\n@lab.plugin("test.slow", title="Slow")\nclass Slow(lab.Plugin):\n    pass\n'
+    (tmp_path / "traced_lab" / "slow.py").write_text(tool)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "test.slow" not in discover().plugins
+    assert "Slow" not in {made.__name__ for made in load_for("sample")}
+    assert "Slow" in {made.__name__ for made in load_for("trace")}

@@ -54,11 +54,13 @@ def test_looking_for_plugins_imports_no_library() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_what_is_kept_for_who_asks_has_an_extra_and_a_module() -> None:
+def test_what_is_kept_for_who_asks_has_a_module_and_each_trainer_an_extra() -> None:
     family = importlib.import_module("lab.plugins")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     there = {path.stem for path in (ROOT / "plugins").glob("*.py")}
-    assert set(family.ON_REQUEST) <= there & extras.keys()
+    assert set(family.ON_REQUEST) <= there
+    assert {name for name, purpose in family.ON_REQUEST.items() if purpose == "trainer"} <= extras.keys()
+    assert set(family.ON_REQUEST.values()) == {"trainer", "trace", "sample"}
 
 
 def test_everything_else_in_the_family_is_found() -> None:
