@@ -14,6 +14,7 @@ from lab.lazy import numpy, torch
 from lab.stages import Stage
 
 if TYPE_CHECKING:
+    from lab.attach.callback import Watcher as Watcher
     from lab.attach.watch import watch as watch
     from lab.context import Artifact, Batch, Run, Step
     from lab.profiling.profile import Profile
@@ -50,6 +51,7 @@ __all__ = [
     "Stage",
     "Step",
     "Symptom",
+    "Watcher",
     "__version__",
     "fault",
     "load",
@@ -74,6 +76,7 @@ _LATER = {
     "Series": "lab.store",
     "Profile": "lab.profiling.profile",
     "Results": "lab.results",
+    "Watcher": "lab.attach.callback",
     "load": "lab.results",
     "watch": "lab.attach.watch",
 }

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from lab import BadInput
-
-from .trainers import Watcher, plain_optimizer
+from lab import BadInput, Watcher
 
 try:
     from accelerate import Accelerator
@@ -59,7 +57,7 @@ class watch(Watcher):  # noqa: N801 - called as lab.watch is
         self._model = accelerator.unwrap_model(model)
         # With several processes a prepared scheduler is stepped once for each of them.
         known = getattr(scheduler, "split_batches", True) or accelerator.num_processes == 1
-        self._trained = plain_optimizer(optimizer), getattr(scheduler, "scheduler", scheduler) if known else None
+        self._trained = self._plain_optimizer(optimizer), getattr(scheduler, "scheduler", scheduler) if known else None
 
     def __enter__(self) -> Self:
         if self._accelerator.is_main_process:

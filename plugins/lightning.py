@@ -9,12 +9,11 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lab import BadInput
-
-from .trainers import Watcher, plain_optimizer
+from lab import BadInput, Watcher
 
 if TYPE_CHECKING:
-    from .trainers import Trained
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 
 def _base() -> Any:
@@ -38,7 +37,7 @@ class LabCallback(Watcher, _base()):  # type: ignore[misc] # which class it is, 
         print(callback.diagnosis.verdict)
 
     What ``training_step`` calls is watched: the LightningModule itself, or else the outermost module in it that is
-    called. Losses, weights and checkpoints are those of a training without it. Its options are those of `Watcher`,
+    called. Losses, weights and checkpoints are those of a training without it. Its options are those of `lab.Watcher`,
     which are those of `lab.watch`. ``on_finding="stop"`` sets ``trainer.should_stop``, as early stopping does.
     """
 
@@ -46,7 +45,7 @@ class LabCallback(Watcher, _base()):  # type: ignore[misc] # which class it is, 
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             raise BadInput("training_step is compiled, as what watches would be; compile the model inside it instead")
         if trainer.is_global_zero:
-            trained = [_with_scheduler(trainer, plain_optimizer(optimizer)) for optimizer in trainer.optimizers]
+            trained = [_with_scheduler(trainer, self._plain_optimizer(optimizer)) for optimizer in trainer.optimizers]
             # Where the model is wrapped, its forward stands in for training_step until that is called.
             self._begin(
                 pl_module, trained, skip=lambda module: module is pl_module and _bound(module.forward) is not module
@@ -77,7 +76,7 @@ def _bound(forward: Any) -> Any:
     return getattr(forward, "__self__", None)
 
 
-def _with_scheduler(trainer: Any, optimizer: Any) -> Trained:
+def _with_scheduler(trainer: Any, optimizer: Any) -> tuple[Optimizer, LRScheduler | None]:
     """An optimiser, with the scheduler that is stepped once for each of its updates, where there is one."""
     for config in trainer.lr_scheduler_configs:
         per_update = config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lab import torch
-
-from .trainers import Watcher, _broken_off, plain_optimizer
+from lab import Watcher, torch
 
 try:
     from transformers import TrainerCallback
@@ -28,8 +26,8 @@ class LabCallback(Watcher, TrainerCallback):  # type: ignore[misc] # to a type c
         Trainer(model=model, args=args, train_dataset=texts, callbacks=[callback]).train()
         print(callback.diagnosis.verdict)
 
-    Losses, weights and checkpoints are those of a training without it. Its options are those of `Watcher`, which are
-    those of `lab.watch`. ``on_finding="stop"`` sets ``control.should_training_stop``, as early stopping does.
+    Losses, weights and checkpoints are those of a training without it. Its options are those of `lab.Watcher`, which
+    are those of `lab.watch`. ``on_finding="stop"`` sets ``control.should_training_stop``, as early stopping does.
     """
 
     @property
@@ -40,7 +38,7 @@ class LabCallback(Watcher, TrainerCallback):  # type: ignore[misc] # to a type c
         diagnosed when this is read, or else when Python ends.
         """
         if self._is_open:
-            self._end(_broken_off())
+            self._end(self._broken_off())
             self._show()
         return self._diagnosis
 
@@ -48,7 +46,7 @@ class LabCallback(Watcher, TrainerCallback):  # type: ignore[misc] # to a type c
         self, _args: Any, state: Any, _control: Any, *, model: Any, optimizer: Any, lr_scheduler: Any = None, **_: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._begin(model, [(plain_optimizer(optimizer), lr_scheduler)])
+            self._begin(model, [(self._plain_optimizer(optimizer), lr_scheduler)])
 
     def on_step_end(self, args: Any, _state: Any, control: Any, **_: Any) -> Any:
         if self._on_finding == "stop" and _anywhere(self._found_something, args.device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -107,28 +109,14 @@ class Trace:
         """Call the model, and note what it does."""
         for value in inputs:
             self._depth[self._memory.key(value)] = 0
-        handles = []
-        for path, module in model.named_modules():
-            # The core of an attention layer carries the name of the layer, as its sites do.
-            name = path.rpartition(".")[0] if getattr(module, "transparent", False) else path
-            handles.append(module.register_forward_pre_hook(self._begins(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._ends))
-        try:
-            with listening(self._operator):
-                call()
-        finally:
-            for handle in handles:
-                handle.remove()
+        follow(model, call, self._operator, self._begins, self._ends)
 
-    def _begins(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            depths = [self._depth.get(self._memory.key(value), 0) for value in tensors((args, kwargs))]
-            begin = max(depths, default=0)
-            self._open.append(Call(name, begin, begin))
+    def _begins(self, name: str, given: Any) -> None:
+        depths = [self._depth.get(self._memory.key(value), 0) for value in tensors(given)]
+        begin = max(depths, default=0)
+        self._open.append(Call(name, begin, begin))
 
-        return hook
-
-    def _ends(self, *_: object) -> None:
+    def _ends(self) -> None:
         call = self._open.pop()
         self.calls.append(call)
         if self._open:
@@ -216,6 +204,27 @@ class Trace:
             for key in keys:
                 if key in self._chains:
                     self._chains[key].uses += 1
+
+
+def follow(
+    model: nn.Module,
+    call: Callable[[], Any],
+    operator: Callable[[Any, Any, Any, Any], None],
+    begins: Callable[[str, Any], None],
+    ends: Callable[[], None],
+) -> None:
+    """Call a model, and tell of all that happens: each operator, and each module by name, with its arguments.
+
+    The core of an attention layer carries the name of the layer, as its sites do.
+    """
+    with contextlib.ExitStack() as hooks:
+        for path, module in model.named_modules():
+            name = path.rpartition(".")[0] if getattr(module, "transparent", False) else path
+            begin = functools.partial(lambda name, _module, *given: begins(name, given), name)
+            hooks.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(lambda *_: ends()).remove)
+        with listening(operator):
+            call()
 
 
 def listening(tell: Callable[[Any, Any, Any, Any], None]) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lab import torch
 
-from .dispatch import Memory, listening, tensors
+from .dispatch import Memory, follow, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -60,25 +60,13 @@ class Operands:
     def run(self, model: nn.Module, inputs: Iterable[Tensor], call: Callable[[], Any]) -> None:
         """Call the model, and follow what it multiplies."""
         self._given = {self._memory.key(value) for value in inputs}
-        handles = []
-        for path, module in model.named_modules():
-            # The core of an attention layer carries the name of the layer, as its sites do.
-            name = path.rpartition(".")[0] if getattr(module, "transparent", False) else path
-            handles.append(module.register_forward_pre_hook(self._begins(name)))
-            handles.append(module.register_forward_hook(self._ends))
         try:
-            with listening(self._operator):
-                call()
+            follow(model, call, self._operator, lambda name, _: self._open.append(name), self._ends)
         finally:
-            for handle in handles:
-                handle.remove()
             for kept in (self._memory, self._patterns, self._averages):
                 kept.clear()
 
-    def _begins(self, name: str) -> Callable[..., None]:
-        return lambda *_: self._open.append(name)
-
-    def _ends(self, *_: object) -> None:
+    def _ends(self) -> None:
         self._open.pop()
 
     def _operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from lab import LabError, NotChecked, Probe, Symptom, probe, rule, torch
 
-from .dispatch import Memory, listening, tensors
+from .dispatch import Memory, follow, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,24 +84,12 @@ class Work:
 
     def follow(self, model: nn.Module, call: Callable[[], Any]) -> None:
         """Call the model, and count."""
-        handles = []
-        for path, module in model.named_modules():
-            # The core of an attention layer carries the name of the layer, as its sites do.
-            name = path.rpartition(".")[0] if getattr(module, "transparent", False) else path
-            handles.append(module.register_forward_pre_hook(functools.partial(self._begins, name)))
-            handles.append(module.register_forward_hook(self._ends))
         try:
-            with listening(self._operator):
-                call()
+            follow(model, call, self._operator, lambda name, _: self._open.append(name), self._ends)
         finally:
-            for handle in handles:
-                handle.remove()
             self._memory.clear()
 
-    def _begins(self, name: str, *_: object) -> None:
-        self._open.append(name)
-
-    def _ends(self, *_: object) -> None:
+    def _ends(self) -> None:
         self._open.pop()
 
     def _operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:

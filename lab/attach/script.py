@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lab.attach.intercept import Calls, after_closure, closure_of
+from lab.attach.intercept import Calls
+from lab.attach.search import Search, check_whole, trained_by
 from lab.attach.watch import Watch
 from lab.errors import BadInput, one_line
 from lab.files import METRICS
@@ -26,14 +25,13 @@ from lab.files import METRICS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch import nn
     from torch.optim import Optimizer
 
-    from lab.attach.intercept import Arguments
     from lab.catalogue import Catalogue, Plugin
     from lab.diagnosis.model import Diagnosis
 
 IDLE = 3  # steps of an optimiser that found no gradient at all, before it is taken for that of another network
-SHARE = 0.1  # of an optimiser's weights have to be in a module for it to be what the optimiser trains
 
 
 class Finder:
@@ -52,9 +50,7 @@ class Finder:
         tools: More that take part in the run, as links to other tools.
 
     Attributes:
-        watching: What was found; None until then.
         made: How many optimisers were made.
-        why_not: Why a module that was found is not watched; empty if none was found that cannot be.
     """
 
     def __init__(
@@ -67,10 +63,7 @@ class Finder:
     ) -> None:
         self.folder, self.catalogue, self.examine_every = folder, catalogue, examine_every
         self.sites, self.tools = sites, tuple(tools)
-        self.watching: Watch | None = None
         self.made = 0
-        self.why_not = ""
-        self._searching = True
         # Weak: an optimiser that the script lets go of has to go.
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._schedulers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[LRScheduler]] = weakref.WeakKeyDictionary()
@@ -81,7 +74,6 @@ class Finder:
     def __enter__(self) -> Self:
         made = torch.optim.Optimizer.__init__
         scheduled = LRScheduler.__init__
-        plain = nn.Module.__call__
 
         @functools.wraps(made)
         def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -96,68 +88,46 @@ class Finder:
             if self.watching is not None and self.watching.run.optimizer is optimizer:
                 self.watching.run.scheduler = scheduler
 
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # What is compiled keeps this function for good, since that is how a module was called when it was compiled.
-            # The compiler knows that it is compiling, and leaves the rest out.
-            if not torch.compiler.is_compiling() and self._searching and module.training and torch.is_grad_enabled():
-                self._search(module)
-                if not self._searching:
-                    search.close()  # everybody's call is PyTorch's own again
-            return plain(module, *args, **kwargs)
-
-        search = contextlib.ExitStack()
-        search.callback(setattr, nn.Module, "__call__", plain)
-        search.callback(register_optimizer_step_pre_hook(self._first_closure).remove)
         self._undo.callback(setattr, torch.optim.Optimizer, "__init__", made)
         self._undo.callback(setattr, LRScheduler, "__init__", scheduled)
-        self._undo.enter_context(search)
+        self._search = self._undo.enter_context(Search(self._take, self._rests))
         self._undo.enter_context(self._calls)
         torch.optim.Optimizer.__init__ = init  # type: ignore[method-assign, assignment]
         LRScheduler.__init__ = schedule  # type: ignore[method-assign, assignment]
-        nn.Module.__call__ = call  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
 
-    def _first_closure(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """Where a closure calls the model, it is found within the optimiser's step, whose hooks have run by then."""
-        if closure_of(args, kwargs) is not None:
-            return after_closure(args, kwargs, lambda: self._read(optimizer))
+    @property
+    def watching(self) -> Watch | None:
+        """What was found; None until then."""
+        return self._search.watching
+
+    @property
+    def why_not(self) -> str:
+        """Why a module that was found is not watched; empty if none was found that cannot be."""
+        return self._search.why_not
+
+    def _rests(self, optimizer: Optimizer) -> None:
         if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             self._idle[optimizer] = self._idle.get(optimizer, 0) + 1
-        return None
 
-    def _read(self, optimizer: Optimizer) -> None:
-        if self.watching is not None and self.watching.run.optimizer is optimizer:
-            self.watching.gradients_made(self.watching.run.step)
-
-    def _search(self, module: nn.Module) -> None:
+    def _take(self, module: nn.Module) -> Watch | BadInput | None:
         """Watch a module, if it is one that is trained."""
-        mine = {id(p) for p in module.parameters() if p.requires_grad}
-        shares = []
-        for optimizer in self._optimizers if mine else ():
-            held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            inside = sum(p.numel() for p in held if id(p) in mine)
-            if inside and inside >= SHARE * sum(p.numel() for p in held):
-                shares.append((inside, optimizer))
-        found = max(shares, key=lambda share: share[0])[1] if shares else self._beside(module)
+        found = trained_by(module, self._optimizers) or self._beside(module)
         if found is None:
-            return
-        self._searching = False
-        if _is_cut(module):
-            self.why_not = "each process holds a part of the weights only (FSDP, ZeRO): that cannot be watched yet"
-            return
+            return None
         about = (self.folder, self.tools, self.catalogue, self.examine_every)
         try:
-            self.watching = Watch(module, found, *about, calls=self._calls, sites=self.sites)
+            check_whole(module)
+            watching = Watch(module, found, *about, calls=self._calls, sites=self.sites)
         except BadInput as error:  # the script goes on, whatever the lab was asked
-            self.why_not = str(error)
-            return
+            return error
         known = self._schedulers.get(found)
-        self.watching.run.scheduler = known() if known is not None else None
-        self.watching.run.scheduled = "unknown"
-        self.watching.__enter__()
+        watching.run.scheduler = known() if known is not None else None
+        watching.run.scheduled = "unknown"
+        return watching.__enter__()
 
     def _beside(self, module: nn.Module) -> Optimizer | None:
         """The optimiser that holds the weights of another network of the same shapes, which get no gradients."""
@@ -177,14 +147,6 @@ class Finder:
         kind = type(error) if error is not None else None
         self.watching.__exit__(kind, error, error.__traceback__ if error is not None else None)
         return self.watching.diagnosis
-
-
-def _is_cut(module: nn.Module) -> bool:
-    """Whether the weights are cut between processes: an experiment in one of them would wait for the others."""
-    kinds = {type(each).__name__ for each in (*module.parameters(), *module.modules())}
-    return bool(kinds & {"DTensor", "FlatParameter", "FullyShardedDataParallel"}) or any(
-        hasattr(p, "ds_id") for p in module.parameters()
-    )
 
 
 # ---------------------------------------------------------------- running a script as Python does
