@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 CARRIED = Cause(
     id="recurrent.state_carried",
     title="The state of a recurrence is kept from one batch to the next",
-    # Two evaluations in a row agree where the call before them had the same rows: by its end a state has forgotten.
-    must=("recurrence.carried",),
-    may=("evaluation.random", "evaluation.random_site", "mixing.*", "generation.*", "start.*"),
+    must=("recurrence.carried", "evaluation.random"),
+    may=("evaluation.random_site", "mixing.*", "generation.*", "start.*"),
     repair="Begin each batch from zeros: call the layer without a state. Where a state is meant to go on (truncated "
     "backpropagation), row i of a batch must continue row i of the one before: detach the state, and begin anew for "
     "evaluation and for each new text.",

@@ -49,8 +49,8 @@ class Batch:
         found = (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
         return next(found, None)
 
-    def rows(self, count: int) -> Batch:
-        """Return the first rows of the batch, so that an experiment on it is cheap.
+    def rows(self, count: int, *, last: bool = False) -> Batch:
+        """Return the first rows of the batch, or the last, so that an experiment on it is cheap.
 
         Only where the call is one tensor, or where it can be told from several which of their dimensions is the batch.
         Else it is the whole batch.
@@ -62,13 +62,15 @@ class Batch:
         if not all(_cuts(value, size) for value in (*self.args, *self.kwargs.values()) if value is not inputs):
             return self
 
+        these = slice(size - count, size) if last else slice(count)
+
         def cut(value: Any) -> Any:
-            return value[:count] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
+            return value[these] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
 
         kwargs = {name: cut(value) for name, value in self.kwargs.items()}
         targets = self.targets
         if targets is not None:
-            targets = targets[:count] if targets.shape[:1] == (size,) else None
+            targets = targets[these] if targets.shape[:1] == (size,) else None
         return Batch(tuple(map(cut, self.args)), kwargs, targets)
 
 

@@ -125,3 +125,8 @@ def test_the_first_rows_of_a_batch(args: tuple[Any, ...], kwargs: dict[str, Any]
             assert now[name] is value
     assert rows.targets is not None
     assert torch.equal(rows.targets, TOKENS[:3] if cut else TOKENS)
+    ends = batch.rows(3, last=True)
+    assert ends.targets is not None
+    assert torch.equal(ends.targets, TOKENS[-3:] if cut else TOKENS)
+    for i, value in enumerate(args):
+        assert torch.equal(ends.args[i], value[-3:]) if str(i) in cut else ends.args[i] is value

@@ -55,7 +55,8 @@ RUNS = [(name, seed) for name in NAMES for seed in range(2 if name.startswith("h
 @pytest.mark.parametrize(("name", "seed"), RUNS)
 def test_a_scenario_ends_as_expected(tmp_path: Path, catalogue: Catalogue, name: str, seed: int) -> None:
     scenario = load_scenario(name)[1].model_copy(update={"seed": seed})
-    outcome = run_scenario(name, scenario, catalogue, tmp_path / "run", twin=False)
+    # Of faults between processes this is the only comparison with the twin.
+    outcome = run_scenario(name, scenario, catalogue, tmp_path / "run", twin=scenario.train.ranks > 1)
     assert outcome.differences == ()
     if not scenario.fault:
         assert outcome.diagnosis.verdict == "healthy"
@@ -65,6 +66,13 @@ def test_a_scenario_ends_as_expected(tmp_path: Path, catalogue: Catalogue, name:
     else:
         assert len(outcome.diagnosis.causes) == 1
         assert outcome.diagnosis.unexplained == ()
+    if scenario.fault and scenario.train.ranks > 1:
+        moved = [c for c in outcome.checks if c.metric == catalogue.faults[scenario.fault[0].id].info.moves]
+        assert moved
+        for check in moved:
+            assert check.value is not None
+            assert check.twin_value is not None
+            assert abs(check.value - check.twin_value) > 1e-6 * abs(check.twin_value)
 
 
 def test_there_is_a_scenario_for_each_fault(catalogue: Catalogue) -> None:

@@ -6,10 +6,47 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lab.attach.intercept import maker
 from lab.context import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lab.context import Run
+
+
+class Losses:
+    """Takes what the losses of a loop are given, where that comes from a call of the model for training."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def _training(self) -> bool:
+        return self._run.sites.mode == "train"
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> None:
+        """Take the targets of a classifier, in the shape of the model's tokens where they are one for each."""
+        step = self._run.step
+        if not self._training or step.batch is None or not logits.requires_grad:
+            return
+        inputs = step.batch.inputs
+        if logits.dim() == 2 and not last_left_out(targets, inputs):
+            step.logits = logits
+        elif inputs is not None and logits.dim() == inputs.dim() + 1:
+            self._run.classes_second = step.logits is not None and same(step.logits, logits)
+            step.logits = logits.movedim(1, -1)  # cross_entropy takes classes second
+        step.batch.targets = beside(targets, inputs)
+
+    def distance(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take the shapes of what a regression compares."""
+        if self._training and torch.is_grad_enabled() and (outputs.requires_grad or targets.requires_grad):
+            self._run.step.compared.append((outputs.shape, targets.shape))
+
+    def scores(self, loss: str, given: Tensor) -> None:
+        """Take what made the input of a loss that wants logits, or logarithms of probabilities."""
+        if self._training and torch.is_grad_enabled() and given.requires_grad:
+            self._run.step.scored.append((loss, maker(given)))
 
 
 def same(answer: Tensor, logits: Tensor) -> bool:

@@ -16,11 +16,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lab.attach.compiled import around, compiled_parts, original, uncompiled
+from lab.attach.evaluations import Evaluations
 from lab.attach.findings import Findings
-from lab.attach.intercept import Calls, LossCalls, after_closure, closure_of, maker
+from lab.attach.intercept import Calls, LossCalls, after_closure, closure_of
 from lab.attach.modules import Hook, ModuleSites
 from lab.attach.passes import Passes
-from lab.attach.targets import beside, last_left_out, same
+from lab.attach.targets import Losses
 from lab.context import Batch, Clip, Run, Step, autocast_now, first_tensor
 from lab.errors import NotChecked
 from lab.files import METRICS, new_folder, write_run_file
@@ -157,13 +158,13 @@ class Watch:
         for probe in chosen:
             manager.add_made(probe)
         self._calls = calls
-        self._functions = LossCalls(self._cross_entropy, self._distance, self._scores)
+        taken = Losses(self.run)
+        self._functions = LossCalls(taken.cross_entropy, taken.distance, taken.scores)
         self._undo = contextlib.ExitStack()
         self._passes = Passes(self.run)
         self._open_calls: list[int] = []  # how many answers there were when each call began that has not ended
         self._answers = 0
-        self._graphs = 0  # answers of the evaluation that goes on, which require a gradient
-        self._rounds = 0  # evaluations that had such answers, and no gradient was asked for
+        self._evaluations = Evaluations()
         self._last = self.run.step
         self._examined: Batch | None = None
 
@@ -256,7 +257,8 @@ class Watch:
             self.run.step.batch = Batch(args, kwargs)
             self.run.autocast = autocast_now(self.run.device.type)
             self._passes.called()
-            self._end_evaluation()
+            if vain := self._evaluations.end():
+                self.run.step.graphs = vain
         else:
             # A model that is intercepted, or has hooks, may take another path, and round otherwise.
             self.run.sites.mode = "evaluate"
@@ -268,9 +270,8 @@ class Watch:
         if self._open_calls and self._open_calls.pop() != self._answers:
             return  # a call of the same module within this one was the model's: around it stands a step of training
         self._answers += 1
-        if self.run.sites.mode == "evaluate" and torch.is_grad_enabled():
-            with contextlib.suppress(NotChecked):
-                self._graphs += first_tensor(output).requires_grad
+        if self.run.sites.mode == "evaluate":
+            self._evaluations.answered(output)
         if self._training:
             with contextlib.suppress(NotChecked):
                 answer = first_tensor(output)
@@ -278,37 +279,6 @@ class Watch:
                     self.run.step.logits = answer
             # A mode of functions makes what is compiled compile again, so it begins only now.
             self._functions.turn(on=self.run.step.examined)
-
-    def _end_evaluation(self) -> None:
-        """Count the graphs that an evaluation built in vain, once it is the third that does."""
-        if self._graphs:
-            self._rounds += 1
-            if self._rounds >= SOON:
-                self.run.step.graphs = self._graphs
-        self._graphs = 0
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> None:
-        """Take the targets of a classifier, in the shape of the model's tokens where they are one for each."""
-        step = self.run.step
-        if not self._training or step.batch is None or not logits.requires_grad:
-            return
-        inputs = step.batch.inputs
-        if logits.dim() == 2 and not last_left_out(targets, inputs):
-            step.logits = logits
-        elif inputs is not None and logits.dim() == inputs.dim() + 1:
-            self.run.classes_second = step.logits is not None and same(step.logits, logits)
-            step.logits = logits.movedim(1, -1)  # cross_entropy takes classes second
-        step.batch.targets = beside(targets, inputs)
-
-    def _distance(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take the shapes of what a regression compares."""
-        if self._training and torch.is_grad_enabled() and (outputs.requires_grad or targets.requires_grad):
-            self.run.step.compared.append((outputs.shape, targets.shape))
-
-    def _scores(self, loss: str, given: Tensor) -> None:
-        """Take what made the input of a loss that wants logits, or logarithms of probabilities."""
-        if self._training and torch.is_grad_enabled() and given.requires_grad:
-            self.run.step.scored.append((loss, maker(given)))
 
     def backward(self, loss: Tensor) -> None:
         """Take the loss, if it is that of a training step."""
@@ -326,7 +296,7 @@ class Watch:
     def differentiated(self) -> None:
         """Note that the answers of an evaluation may have been wanted for their gradients."""
         if self.run.sites.mode != "examine":
-            self._graphs = 0
+            self._evaluations.differentiated()
 
     def propagated(self) -> None:
         """Look at the gradients that a pass left."""

@@ -253,7 +253,9 @@ def test_an_interrupted_search_leaves_nothing_behind(tmp_path: Path, number: int
     waits = "import pathlib, time\npathlib.Path(r'{}').touch()\ntime.sleep(600)\n".format(tmp_path / "running")
     commit(repository, "one", {"train.py": waits})
     commit(repository, "two", {"a": "2"})
-    code = "from lab.cli import main; main(['bisect', 'HEAD~1', 'HEAD', '--', 'train.py'])"
+    # A job behind & in a shell is begun with SIGINT ignored, and so is what it begins.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from lab.cli import main; main(['bisect', 'HEAD~1', 'HEAD', '--', 'train.py'])"
     environment = {**os.environ, "TMPDIR": str(temporary)}
     search = subprocess.Popen([sys.executable, "-c", code], cwd=repository, env=environment, stderr=subprocess.PIPE)
     until = time.monotonic() + 120

@@ -38,9 +38,10 @@ def test_what_a_fault_declares_exists(id: str) -> None:
 
 @pytest.mark.parametrize("id", FAULTS)
 def test_a_fault_moves_its_metric_beyond_the_healthy_spread(tmp_path: Path, catalogue: Catalogue, id: str) -> None:
-    # `lab prove` itself takes three seeds, of full length. Several processes take seconds to start.
-    seeds = 1 if scenario_of(id, catalogue)[1].train.ranks > 1 else 2
-    proof = prove(id, catalogue, tmp_path, seeds=seeds, steps=None if id in LATE_TO_SHOW else 16)
+    if scenario_of(id, catalogue)[1].train.ranks > 1:
+        pytest.skip("several processes take seconds to start: tests/test_scenarios.py compares it with its twin")
+    # `lab prove` itself takes three seeds, of full length.
+    proof = prove(id, catalogue, tmp_path, seeds=2, steps=None if id in LATE_TO_SHOW else 16)
     assert proof.holds, proof
 
 

@@ -26,6 +26,7 @@ def test_a_mixer_comes_near_the_entropy_rate_and_not_below(tmp_path: Path, catal
             "model": {"layers": 2, "mixer": mixer, "context": 32},
             "data": {"source": "markov", "vocabulary": 8, "order": 2, "batch": 32},
             "train": {"lr": 0.005},
+            "probes": catalogue.measuring("loss.over_floor"),
         }
     )
     run_scenario(mixer, scenario, catalogue, tmp_path / "run")
