@@ -61,17 +61,34 @@ def roofline(profile: Profile) -> Figure:
         f"memory, {machine.bytes / 1e9:.0f} GB/s", (left, left * machine.bytes / 1e9), rotation=28, fontsize=8
     )
     most = max((row.seconds for row in rows), default=1.0)
+    named = []
     for place, row in enumerate(rows):
         x, y = row.cost.flops / max(1, row.cost.bytes), row.cost.flops / row.seconds / 1e9
         colour = "#21918c" if row.direction == "forward" else "#b5367a"
         axes.scatter([x], [y], s=30 + 300 * row.seconds / most, marker=MARKS[row.direction], alpha=0.65, color=colour)
         if place < NAMED:
-            axes.annotate(f"{row.name} {row.direction}", (x, y), (6, -3), textcoords="offset points", fontsize=7)
+            named.append((f"{row.name} {row.direction}", (x, y)))
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s", xlim=(left, right))
     axes.xaxis.set_minor_formatter("")
     axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.2)
+    _name(figure, axes, named)
     return figure
+
+
+def _name(figure: Figure, axes: Any, named: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Write names beside points, the first first, each where it covers no other; else there is none."""
+    figure.draw_without_rendering()  # before it nothing has a place
+    inside, taken = axes.get_window_extent(), [text.get_window_extent() for text in axes.texts]
+    for name, point in named:
+        for right, up in ((9, -3), (-9, -3), (9, 9), (-9, 9), (9, -15), (-9, -15)):
+            side = "left" if right > 0 else "right"
+            text = axes.annotate(name, point, (right, up), textcoords="offset points", fontsize=7, ha=side)
+            box = text.get_window_extent()
+            if inside.x0 < box.x0 and box.x1 < inside.x1 and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def memory(profile: Profile) -> Figure:
