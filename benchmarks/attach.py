@@ -145,7 +145,7 @@ LAB = "lab exec"
 # By name, when it looks, and the tool.
 TOOLS: dict[str, tuple[str, Tool]] = {
     "nobody": ("", nobody),
-    LAB: ("each step; experiments at 0, 5, 10, 20, ...", lab_exec),
+    LAB: ("each step; experiments at 0, 10, 20, 30, ...", lab_exec),
     "wandb.watch": ("each step", wandb_watch(1)),
     "TensorBoard histograms": ("each step", histograms(1)),
     "DebugUnderflowOverflow": ("each step", underflow),

@@ -35,11 +35,11 @@ class Session:
     Args:
         run: With its model, optimiser and sites attached.
         catalogue: The rules and causes to judge by.
-        examine_every: The cadence of experiments, in steps, with one more half-way to the first. It becomes half of
-            the run so far, once that is more, up to ten times as much. A new symptom, or a suspicion, calls for one
-            more at the next step. Experiments that are made seldom belong to the first three of these steps, to the
-            last step, to those that a suspicion calls for, and else to each of which the number is three times that
-            of the one before, or 40 times the cadence away.
+        examine_every: The cadence of experiments, in steps. It becomes half of the run so far, once that is more, up
+            to ten times as much. A new symptom, or a suspicion, calls for one more at the next step. Experiments that
+            are made seldom belong to the first two of these steps, to the last step, to those that a suspicion calls
+            for, and else to each of which the number is three times that of the one before, or 40 times the cadence
+            away.
         agree: Whether any process of several wants to look again. An experiment calls the model, and the processes
             may have to call it together.
         others: Reads what other processes of the same training have shown, when this one has ended; it may wait for
@@ -89,12 +89,10 @@ class Session:
         now = self._look_again or index + 1 == self.run.steps
         step.examined = now or index >= self._next
         step.thorough = now or (step.examined and index >= self._next_thorough)
-        early = max(1, every // 2)
-        soon = index + early - index % early
         if index >= self._next:
-            self._next = soon if index < every else index + max(every, min(index // 2, 10 * every))
+            self._next = index + max(every, min(index // 2, 10 * every))
         if step.examined and index >= self._next_thorough:
-            self._next_thorough = soon if index < every else index + min(2 * index, 40 * every)
+            self._next_thorough = index + max(every, min(2 * index, 40 * every))
         self.run.step = step
 
     def before_update(self, step: Step) -> None:

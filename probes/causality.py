@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 # In exact arithmetic it is 0, and masked weights are exact zeros: only rounding is allowed for.
 ROUNDING = 1e-6
-ROWS = 4
+ROWS, FEW = 4, 2  # the more the more positions are asked; and where other experiments are not made
 ALL = 0.99  # of the targets
 
 
 @probe(
     "causality",
     title="Does an output depend on later inputs?",
-    cost="forward and backward on four rows, on examined steps",
+    cost="forward and backward on two rows, or four, on examined steps",
     examines=True,
 )
 class Causality(Probe):
@@ -61,7 +61,8 @@ class Causality(Probe):
         step.record("causality.time_first", along[1])
         step.record("causality.next_token", along[int(time_first)])
         if not time_first:
-            batch = batch.rows(ROWS if length != ROWS else ROWS - 1)
+            rows = ROWS if step.thorough else FEW
+            batch = batch.rows(rows if length != rows else rows - 1)
             assert batch.inputs is not None
             count = len(batch.inputs)
         if count == length:

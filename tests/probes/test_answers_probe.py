@@ -50,12 +50,12 @@ def test_what_is_the_same_in_evaluation_is_silent(small_run: SmallRun, changes: 
     ("id", "begin", "parts"),
     [
         ("tuning.prompt_counted", 0, 1),
-        ("tuning.prompt_counted", 5, 2),
+        ("tuning.prompt_counted", 10, 2),
         ("tuning.mask_inverted", 0, 2),
-        ("tuning.mask_inverted", 5, 1),
+        ("tuning.mask_inverted", 10, 1),
         ("targets.answers_cut", 0, 4),
         ("targets.end_ignored", 0, 1),
-        ("targets.end_ignored", 5, 2),
+        ("targets.end_ignored", 10, 2),
     ],
 )
 def test_a_fault_is_named(small_run: SmallRun, id: str, begin: int, parts: int) -> None:

@@ -43,7 +43,7 @@ def test_a_run_as_it_should_be_is_silent(small_run: SmallRun, changes: dict[str,
     assert set(history.series("update.calls").values) == {1.0}
 
 
-@pytest.mark.parametrize("from_step", [0, 5])
+@pytest.mark.parametrize("from_step", [0, 10])
 @pytest.mark.parametrize("id", ["loop.zero_grad_late", "loop.no_step"])
 def test_each_fault_is_named(small_run: SmallRun, id: str, from_step: int) -> None:
     diagnosis, history = small_run(faults=[{"id": id, "from_step": from_step}], steps=34, train={"accumulate": 2})
