@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab import Probe, Symptom, probe, rule, torch
+from lab import LookAgain, Probe, Symptom, probe, rule, torch
 from lab import numpy as np
 
 if TYPE_CHECKING:
@@ -193,8 +193,11 @@ def backward_cut(history: History) -> Iterator[Symptom]:
     at least. What is computed without a graph (``no_grad``), what the output does not depend on, and what is left out
     of some steps is not accused.
     """
+    newest, most = history.series("backward.looks").steps[-1], 0  # looks that show it, where the newest does
     for place, series in history.each("backward.cut"):
         looks, changed = np.unique(series.steps[series.values > NOISE]), float(np.nanmax(series.values))
+        if newest in looks:
+            most = max(most, len(looks))
         if len(looks) >= LOOKS:
             at = place.removesuffix(".out")
             what = f"no gradient passes {place}: what is before it gets none"
@@ -208,6 +211,8 @@ def backward_cut(history: History) -> Iterator[Symptom]:
                 text=f"{what}, though the output changes by {changed:.2g} of its largest value when a weight there "
                 "does",
             )
+    if 0 < most < LOOKS:
+        raise LookAgain(f"a graph ended before the output in {most} looks; {LOOKS} tell")
 
 
 @rule(
