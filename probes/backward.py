@@ -190,8 +190,8 @@ def backward_cut(history: History) -> Iterator[Symptom]:
     """The output changes with a parameter, and the graph that is built above it ends before the output.
 
     The parameter may learn (``requires_grad``), the optimiser holds it, and others do get gradients; so in three looks
-    at least, which follow at once where the newest shows it. What is computed without a graph (``no_grad``), what the output does not depend on, and what is left out
-    of some steps is not accused.
+    at least, which follow at once where the newest shows it. What is computed without a graph (``no_grad``), what the
+    output does not depend on, and what is left out of some steps is not accused.
     """
     newest, most = history.series("backward.looks").steps[-1], 0  # looks that show it, where the newest does
     for place, series in history.each("backward.cut"):
