@@ -49,13 +49,21 @@ class Batch:
         found = (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
         return next(found, None)
 
-    def rows(self, count: int, *, last: bool = False) -> Batch:
+    def rows(self, count: int, *, last: bool = False, enough: int = 0) -> Batch:
         """Return the first rows of the batch, or the last, so that an experiment on it is cheap.
 
         Only where the call is one tensor, or where it can be told from several which of their dimensions is the batch.
         Else it is the whole batch.
+
+        Args:
+            count: How many rows, at most.
+            last: Whether the last ones.
+            enough: Positions that are enough: of tokens [B T], each with a target, no more rows than have so many. What
+                is pooled over the positions of a row, or over the rows, has a target a row, and is given `count`.
         """
         inputs = self.inputs
+        if enough and inputs is not None and self._by_token(inputs):
+            count = min(count, -(-enough // max(1, inputs.shape[1])))
         if inputs is None or inputs.dim() == 0 or len(inputs) <= count:
             return self
         size = len(inputs)
@@ -72,6 +80,10 @@ class Batch:
         if targets is not None:
             targets = targets[these] if targets.shape[:1] == (size,) else None
         return Batch(tuple(map(cut, self.args)), kwargs, targets)
+
+    def _by_token(self, inputs: Tensor) -> bool:
+        tokens = inputs.dim() == 2 and not inputs.is_floating_point()
+        return tokens and self.targets is not None and self.targets.shape == inputs.shape
 
 
 def _cuts(value: Any, size: int) -> bool:

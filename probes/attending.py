@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lab import History, Run, Step
 
-ROWS = 4
+ROWS, FEW = 4, 2  # fewer where no key was hidden before: rows of other lengths are of use to padding alone
 NONE = "no attention in this model was seen to do that: its operators are others"
 
 PADDING_INVERTED = Cause(
@@ -55,7 +55,10 @@ class Attending(Probe):
     def lab_examine(self, run: Run, step: Step) -> None:
         if step.batch is None or step.batch.inputs is None or not step.batch.inputs.dim():
             raise NotChecked("the batch is not known")
-        batch = step.batch.rows(ROWS)
+        hides = not run.history.sites("attending.looked") or any(
+            (series.values > 0).any() for _, series in run.history.each("attending.hides")
+        )
+        batch = step.batch.rows(ROWS if hides else FEW)
         given = [value for value in (*batch.args, *batch.kwargs.values()) if torch.is_tensor(value)]
         run.model.eval()
         operands = Operands(len(given[0]))

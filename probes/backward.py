@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from lab import Batch, History, Run, Site, Step
 
-ROWS, FEW = 4, 2  # of an experiment; of the one that goes backward twice
+ROWS = 4
+FEW, POSITIONS = 2, 128  # of the experiment that goes backward twice, where so many positions are enough
 LOOKS = 3
 TRIED = 8  # parameters without a gradient that are changed, one by one
 NOISE = 1e-4  # of the largest output: what two calls may differ by, as in probes.determinism
@@ -24,7 +25,7 @@ LOUDER = 4096.0  # a power of two: it changes no digit of a gradient
 @probe(
     "backward",
     title="Do gradients reach what the output depends on, and do small ones survive?",
-    cost="one forward and one or two backward passes on two rows, or on all where they cannot be cut",
+    cost="one forward and one or two backward passes on two rows, on one that is long, or on all that cannot be cut",
     examines=True,
     seldom=True,
 )
@@ -78,7 +79,7 @@ class Backward(Probe):
             return
         if run.history.last("arrival.share") == 0:
             _ended(run, step, rows, sent)
-        _louder(run, step, rows.rows(FEW), sent)
+        _louder(run, step, rows.rows(FEW, enough=POSITIONS), sent)
 
 
 def _ended(run: Run, step: Step, rows: Batch, sent: Tensor) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NORM = re.compile(r"norm", re.IGNORECASE)
 NORMED = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
-ROWS = 2
+ROWS, POSITIONS = 2, 128  # so many positions are enough
 LOOKS = 3
 CUT = 1e-4  # of the largest output: so much a parameter without a gradient has to change it
 APART = 1e-3
@@ -27,7 +27,7 @@ ROUNDING = 1e-6
 @probe(
     "blocks",
     title="Is every block on the path, and every norm in it, and do tokens stay apart?",
-    cost="forward and backward on two rows",
+    cost="forward and backward on two rows, or on one that is long",
     examines=True,
     seldom=True,
 )
@@ -59,7 +59,7 @@ class Blocks(Probe):
         calls = _Calls(run.model, {name for names in self._lists for name in names})
         run.model.eval()
         with torch.enable_grad(), calls:
-            answer = run.call(step.batch.rows(ROWS))
+            answer = run.call(step.batch.rows(ROWS, enough=POSITIONS))
             unheard = self._unheard(answer, calls.added) if self._graded[0] == step.index else {}
         if calls.apart:
             sites = tuple(calls.apart)

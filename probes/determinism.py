@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lab import History, Run, Series, Step
 
 ROUNDING = 1e-4
+ROWS, POSITIONS = 2, 128  # so many positions are enough
 DROPOUT = {"bernoulli", "native_dropout", "_fused_dropout"}
 NORMAL = {"normal", "normal_functional", "randn", "randn_like"}
 
@@ -25,7 +26,7 @@ NORMAL = {"normal", "normal_functional", "randn", "randn_like"}
 @probe(
     "determinism",
     title="Does evaluation give the same answer twice?",
-    cost="two forward passes on two rows",
+    cost="two forward passes on two rows, or on one that is long",
     examines=True,
     seldom=True,
 )
@@ -47,7 +48,7 @@ class Determinism(Probe):
             raise NotChecked("the batch is not known")
         # The last ones: others are given the first. A state that is kept from one call to the next, and was left by a
         # call with the same rows, would be what these calls leave: they would agree.
-        rows = step.batch.rows(2, last=True)
+        rows = step.batch.rows(ROWS, last=True, enough=POSITIONS)
         run.model.eval()
         suspect = run.history.last("determinism.difference") > ROUNDING
         made, drawn = [], set[str]()

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from lab import History, Run, Series, Step
 
 ATTENTION = re.compile(r"attn|attention|mha", re.IGNORECASE)
-ROWS, FEW = 4, 2  # at most; and where they are long enough
-POSITIONS = 128  # that all rows together have to have, for fewer of them
+ROWS, POSITIONS = 4, 128  # what is asked of a neuron is exact, or a share of all tokens: so many are enough
 LOOKS = 3
 ENTRIES = 256  # of fewer, an activation may leave all as they are by chance: a ReLU half of them, 2^-256
 ROUNDING = 1e-6
@@ -29,7 +28,7 @@ EARLIER = f"fewer than {LOOKS} looks at a feed-forward layer: what happens once 
 @probe(
     "feed-forward",
     title="What does the activation of each feed-forward layer let through?",
-    cost="a forward pass on four rows, or on two long ones, and the slope of each activation",
+    cost="a forward pass on four rows, or on one that is long, and the slope of each activation",
     examines=True,
     seldom=True,
 )
@@ -55,7 +54,7 @@ class FeedForward(Probe):
             raise NotChecked("the batch is not known")
         run.model.eval()
         with torch.enable_grad(), _Layers(run.model) as layers:
-            run.call(step.batch.rows(_rows(step.batch.inputs)))
+            run.call(step.batch.rows(ROWS, enough=POSITIONS))
         found = {name: layer for name, layer in layers.found.items() if layer.hidden.numel() >= ENTRIES}
         if not found:
             raise NotChecked("no feed-forward layer in this model that can be differentiated")
@@ -86,12 +85,6 @@ class FeedForward(Probe):
         step.record("ffn.cut", cut.float().mean(), name)
         if len(looks) == LOOKS:
             step.record("ffn.cut_always", torch.stack(looks).all(0).float().mean(), name)
-
-
-def _rows(inputs: Tensor) -> int:
-    """As many rows as give each neuron enough tokens: what is asked of it is exact, or a share of them all."""
-    tokens = inputs.dim() == 2 and not inputs.is_floating_point()  # [B T]
-    return FEW if tokens and FEW * inputs.shape[1] >= POSITIONS else ROWS
 
 
 @dataclass

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # As for evaluation.random: a device may add in another order. In practice two calls of one shape agree to the bit.
 ROUNDING = 1e-4
-ROWS = 3
+ROWS, FEW = 3, 2  # and where nothing says what is padding
 NOTHING = -1.0  # without padding there is nothing to compare
 NOT_TOLD = "no attention in this model was told of padding, or the outputs were not finite"
 # What shares tokens out among parts of limited room lets rows depend on each other by design.
@@ -28,14 +28,15 @@ ROUTED = ("router", "expert", "moe")
 @probe(
     "mixing",
     title="Does a row depend on another, or a token on padding?",
-    cost="two forward passes on three rows",
+    cost="two forward passes on two rows, or three where something may say what is padding",
     examines=True,
     seldom=True,
 )
 class Mixing(Probe):
-    """Calls the model twice in evaluation mode: with three rows, and with other tokens where nothing should depend on.
+    """Calls the model twice in evaluation mode: with a few rows, and with other tokens where nothing should depend on.
 
-    The first row stays as it is; in the second, the tokens in its padding are exchanged; the third is another row.
+    The first row stays as it is; in the second, the tokens in its padding are exchanged; the last is another row. Where
+    nothing may say what is padding, there are two.
     Records ``mixing.rows``, the largest change of an output of the first row over the largest output, and
     ``mixing.padding``, the same at the tokens of the second row, or -1 where the call names no padding.
     ``mixing.batch_first`` tells whether the first axis is known to be the batch: the model says so, or the targets are
@@ -61,17 +62,18 @@ class Mixing(Probe):
         if batch is None or tokens is None or tokens.dim() != 2 or tokens.is_floating_point():
             raise NotChecked("the model is not called with tokens [B T]")
         count, length = tokens.shape
-        if count < 2 or length < 2 or length == ROWS:
+        rows = ROWS if self._by_attention and _marks(batch, tokens) else FEW
+        if count < 2 or length < 2 or length == rows:
             raise NotChecked(f"{count} rows of {length} positions: too few, or which axis is which cannot be told")
         if not all(_plain(value, tokens) for value in (*batch.args, *batch.kwargs.values())):
             raise NotChecked("the model is called with something of which the rows cannot be told")
         present = _present(batch, tokens) if self._by_attention else torch.ones_like(tokens, dtype=torch.bool)
-        chosen = _chosen(present)
+        chosen = _chosen(present)[:rows]
         padded = present[chosen][1]  # [T]
         was = _picked(batch, chosen)
         now = _exchanged(was, tokens, padded)
         suspect = any(run.history.last(f"mixing.{kind}") > ROUNDING for kind in ("rows", "padding"))
-        changes = self._compare(run, was, now, _Look(ROWS, length, padded), everywhere=suspect)
+        changes = self._compare(run, was, now, _Look(rows, length, padded), everywhere=suspect)
         step.record("mixing.batch_first", 1.0 if self._says else _rows_first(batch, tokens))
         for name, change in changes.items():
             step.record("mixing.module_rows" if name else "mixing.rows", change[0], name)
@@ -176,6 +178,19 @@ def _rows_first(batch: Batch, tokens: Tensor) -> Tensor | float:
     return ((share(1) > 0.99) & (share(0) < 0.99)).float()
 
 
+def _marks(batch: Batch, tokens: Tensor) -> list[Tensor]:
+    """What may say which positions are padding: what else there is of yes and no for each token [B T]."""
+    targets = batch.targets
+    if targets is None or targets.shape != tokens.shape:
+        return []
+    return [
+        value
+        for value in (*batch.args, *batch.kwargs.values())
+        if torch.is_tensor(value) and value is not tokens and value is not targets and value.shape == tokens.shape
+        if value.dtype is torch.bool or not value.is_floating_point()
+    ]
+
+
 def _present(batch: Batch, tokens: Tensor) -> Tensor:
     """Which positions are tokens [B T], where the call and the targets say so without doubt; all of them otherwise.
 
@@ -184,17 +199,14 @@ def _present(batch: Batch, tokens: Tensor) -> Tensor:
     """
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
     targets = batch.targets
-    if targets is None or targets.shape != tokens.shape:
+    if targets is None:
         return everywhere
-    for value in (*batch.args, *batch.kwargs.values()):
-        if torch.is_tensor(value) and value is not tokens and value.shape == tokens.shape:
-            if value.dtype is not torch.bool and value.is_floating_point():
-                continue
-            binary = ((value == 0) | (value == 1)).all()
-            for present in (value == 1, value == 0):
-                ordered = (present[:, :-1] >= present[:, 1:]).all() & present[:, 0].all()
-                ignored = ((targets < 0) | present).all()
-                everywhere = everywhere & (present | ~(binary & ordered & ignored))
+    for value in _marks(batch, tokens):
+        binary = ((value == 0) | (value == 1)).all()
+        for present in (value == 1, value == 0):
+            ordered = (present[:, :-1] >= present[:, 1:]).all() & present[:, 0].all()
+            ignored = ((targets < 0) | present).all()
+            everywhere = everywhere & (present | ~(binary & ordered & ignored))
     return everywhere
 
 
@@ -217,14 +229,14 @@ def _picked(batch: Batch, chosen: Tensor) -> Batch:
 
 
 def _exchanged(batch: Batch, tokens: Tensor, present: Tensor) -> Batch:
-    """The second row with other tokens in its padding, and another third row."""
+    """The second row with other tokens in its padding, and another last row."""
     was = batch.inputs
     assert was is not None
     now = was.clone()
     # Tokens that occur, but for each position another: the model knows them.
     row = torch.where(tokens[:1] == was[1:2], tokens.amax(), tokens[:1])[0]  # [T]
     now[1] = torch.where(present, was[1], torch.where(row == was[1], tokens.amin(), row))
-    now[2] = torch.where(was[2] == tokens.amax(), tokens.amin(), tokens.amax())
+    now[-1] = torch.where(was[-1] == tokens.amax(), tokens.amin(), tokens.amax())
     args = tuple(now if value is was else value for value in batch.args)
     kwargs = {name: now if value is was else value for name, value in batch.kwargs.items()}
     return replace(batch, args=args, kwargs=kwargs, targets=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lab import Cause, NotChecked, Probe, Symptom, probe, rule, torch
+from lab import Cause, LookAgain, NotChecked, Probe, Symptom, probe, rule, torch
 
 from .hooked import Hooked
 from .mixing import ROUNDING, ROUTED, _rows_first
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lab import Batch, History, Run, Step
 
-ROWS = 3  # of an experiment: the first and the last are kept, and the one between is exchanged
+ROWS, FEW = 3, 2  # the first and the last are kept, and the one between is exchanged; until two equal ones differ
 UNKNOWN = "which axis is the batch is not known, or there are too few rows"
 COARSE = 0.05  # between what bfloat16 rounds, 2^-8 a number, and the smallest mistake that is one of kind
 
@@ -40,17 +40,18 @@ ALONG_BATCH = Cause(
 @probe(
     "places",
     title="Does it matter where in a batch a row stands?",
-    cost="two forward passes on three rows",
+    cost="a forward pass on two rows",
     examines=True,
     seldom=True,
 )
 class Places(Probe):
-    """Calls the model in evaluation mode with one row several times, and again with others between its first and last.
+    """Calls the model in evaluation mode with one row twice.
 
-    Records ``places.apart``, the smallest difference of the outputs of two of the equal rows, over the largest output:
-    0 where not all are different; ``places.others``, how far the first or the last moves when the rows between are
-    others; ``places.rounding``, what either may be by rounding; and, where they are apart, ``places.module_apart`` for
-    each module, 0 where what it is given differs already.
+    Records ``places.twice``, how far the outputs of the equal rows are apart, over the largest output, and
+    ``places.rounding``, what that may be by rounding. When it is more, the next experiment calls the model with one row
+    three times, and again with another one between, and records ``places.apart``, the smallest difference of two of the
+    equal rows: 0 where not all are different; ``places.others``, how far the first or the last moves when the row
+    between is another; and ``places.module_apart`` for each module, 0 where what it is given differs already.
     """
 
     def lab_start(self, run: Run) -> None:
@@ -62,28 +63,29 @@ class Places(Probe):
         batch = step.batch
         if batch is None or batch.inputs is None or not batch.inputs.dim():
             raise NotChecked("the batch is not known")
-        rows = min(len(batch.inputs), ROWS)
         known = 1.0 if self._says else _rows_known(batch)
-        if rows < ROWS or not _rows_alike(batch) or known is None:
+        if len(batch.inputs) < ROWS or not _rows_alike(batch) or known is None:
             raise NotChecked(UNKNOWN)
+        history = run.history
+        suspect = history.last("places.twice") > history.last("places.rounding")
+        rows = ROWS if suspect else FEW
         run.model.eval()
-        equal, others = (_picked(batch, [place * differ for place in range(rows - 1)] + [0]) for differ in (0, 1))
-        with torch.no_grad():
-            with _Calls(run.model, rows) as calls:
-                same = _output(run, equal)
-            between = _output(run, others)
+        with torch.no_grad(), _Calls(run.model if suspect else None, rows) as calls:
+            same = _output(run, _picked(batch, [0] * rows))
         if not same.dim() or len(same) != rows:
             raise NotChecked("the output is not one for each row")
-        apart, size = _apart(same), same.float().abs().amax().clamp_min(1e-30)
-        moved = (same - between)[[0, -1]].float().abs().amax() / size
         coarse = run.autocast is not None or torch.finfo(same.dtype).bits < 32
         coarse |= any(torch.finfo(p.dtype).bits < 32 for p in run.model.parameters() if p.is_floating_point())
         step.record("places.batch_first", known)
         step.record("places.rounding", COARSE if coarse else ROUNDING)
-        step.record("places.apart", apart)
-        step.record("places.others", moved)
-        for name, value in calls.apart.items():
-            step.record("places.module_apart", value, name)
+        step.record("places.apart" if suspect else "places.twice", _apart(same))
+        if suspect:
+            with torch.no_grad():
+                between = _output(run, _picked(batch, [0, 1, 0]))
+            moved = (same - between)[[0, -1]].float().abs().amax()
+            step.record("places.others", moved / same.float().abs().amax().clamp_min(1e-30))
+            for name, value in calls.apart.items():
+                step.record("places.module_apart", value, name)
 
 
 def _output(run: Run, batch: Batch) -> Tensor:
@@ -140,7 +142,7 @@ def _apart(value: Tensor) -> Tensor:  # [K ...] -> []
 class _Calls(Hooked):
     """While in the block, notes how far rows are apart that come out of a module which is given equal ones."""
 
-    def __init__(self, model: nn.Module, rows: int) -> None:
+    def __init__(self, model: nn.Module | None, rows: int) -> None:
         super().__init__(model)
         self.rows = rows
         self.apart: dict[str, Tensor] = {}
@@ -161,30 +163,32 @@ class _Calls(Hooked):
 
 def _out_of_place(history: History, metric: str) -> Iterator[tuple[str, int, float]]:
     """Yield where equal rows are all apart, in an experiment in which none depends on the others."""
-    apart = history.series("places.apart").finite
-    if not len(apart):
+    twice = history.series("places.twice").finite
+    if not len(twice):
         raise NotChecked("the outputs were not finite when it was tried")
     if not (history.series("places.batch_first").values > 0).any():
         raise NotChecked(UNKNOWN)
     if (history.series("determinism.difference").values > ROUNDING).any():
         raise NotChecked("evaluation is random, so two calls may differ")
+    limit = history.last("places.rounding")
+    since = twice.first(twice.values > limit)
+    if since is None:
+        return
+    apart, others = (history.series(f"places.{name}") for name in ("apart", "others"))
+    if not len(apart):
+        raise LookAgain("equal rows are answered differently; the next look tells whether by their place")
+    told = set(apart.steps[apart.values > limit]) & set(others.steps[others.values <= limit])
     for site, series in history.each(metric):
         for step, seen in zip(series.steps, series.values, strict=True):
-            others, rounding = (history.series(f"places.{name}") for name in ("others", "rounding"))
-            limit = rounding.values[rounding.steps == step][-1]
-            if (
-                seen > limit
-                and apart.values[apart.steps == step].max(initial=0.0) > limit
-                and others.values[others.steps == step][-1] <= limit
-            ):
-                yield site, int(step), float(seen)
+            if step in told and seen > limit:
+                yield site, since[0], float(seen)
                 break
 
 
 @rule(
     "places.row",
     title="A row's output is the same wherever in the batch it stands",
-    reads=("places.apart",),
+    reads=("places.twice",),
     basis="experiment",
     phase="forward",
 )
@@ -198,7 +202,7 @@ def places_row(history: History) -> Iterator[Symptom]:
 @rule(
     "places.module",
     title="No module tells equal rows apart by their place in the batch",
-    reads=("places.apart",),
+    reads=("places.twice",),
     basis="experiment",
     phase="forward",
 )

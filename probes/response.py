@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lab import Batch, History, Run, Step
 
-ROWS = 4
+ROWS, POSITIONS = 4, 128  # so many positions are enough
 # Half the weights make at most half the logits where these are of degree 1 or more in them, and the same where they are
 # of degree 0, as between vectors that are normalised. The bound lies midway, in octaves.
 FOLLOWS = 0.5**0.5
@@ -21,7 +21,7 @@ FOLLOWS = 0.5**0.5
 @probe(
     "response",
     title="Do the first logits become smaller with the weights?",
-    cost="two forward passes on four rows, at step 0 only",
+    cost="two forward passes on four rows, or on one that is long, at step 0 only",
     examines=True,
 )
 class Response(Probe):
@@ -42,7 +42,7 @@ class Response(Probe):
     def lab_examine(self, run: Run, step: Step) -> None:
         if step.index or self._classes < 2 or step.batch is None:
             return
-        rows = step.batch.rows(ROWS)
+        rows = step.batch.rows(ROWS, enough=POSITIONS)
         # A table or matrix of one number is a temperature.
         matrices = [p for p in run.model.parameters() if p.dim() >= 2 and p.numel() > 1 and p.is_floating_point()]
         whole = _size(run, rows, self._classes)

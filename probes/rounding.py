@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lab import Batch, Run, Site, Step
 
-ROWS = 2
+ROWS, POSITIONS = 2, 128  # so many positions are enough
 KINKED = ("threshold", "leaky_relu", "hardtanh", "_prelu", "max_pool")  # functions whose derivative jumps
 LATER = 10  # times as far into the run as before, it is measured again
 MIXER = 0x9E37  # times the bits of a number, as Fibonacci hashing has it: 2^16 over the golden ratio, odd
@@ -27,7 +27,7 @@ FLIPPED = 2.0  # of an update's element, the most that rounding can change: its 
 @probe(
     "rounding",
     title="How far rounding alone moves values, gradients and weights: what two runs are allowed to differ by",
-    cost="four forward and three backward passes on two rows, and a copy of the weights",
+    cost="four forward and three backward passes on two rows, or on one that is long, and a copy of the weights",
     examines=True,
     seldom=True,
     stages={
@@ -91,7 +91,7 @@ class Rounding(Probe):
         if step.batch is None or sent is None or not before:
             return
         self._next = LATER * step.index + 1
-        rows = step.batch.rows(ROWS)
+        rows = step.batch.rows(ROWS, enough=POSITIONS)
         first = self._pass(run, rows, sent)
         if first is None:
             return

@@ -130,3 +130,23 @@ def test_the_first_rows_of_a_batch(args: tuple[Any, ...], kwargs: dict[str, Any]
     assert torch.equal(ends.targets, TOKENS[-3:] if cut else TOKENS)
     for i, value in enumerate(args):
         assert torch.equal(ends.args[i], value[-3:]) if str(i) in cut else ends.args[i] is value
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "rows"),
+    [
+        (torch.zeros(6, 50, dtype=torch.long), torch.zeros(6, 50, dtype=torch.long), 3),
+        (torch.zeros(6, 128, dtype=torch.long), torch.zeros(6, 128, dtype=torch.long), 1),
+        (torch.zeros(6, 8, dtype=torch.long), torch.zeros(6, 8, dtype=torch.long), 4),
+        (torch.zeros(6, 0, dtype=torch.long), torch.zeros(6, 0, dtype=torch.long), 4),
+        (torch.zeros(6, 50, dtype=torch.long), torch.zeros(6, dtype=torch.long), 4),  # pooled: a target a row
+        (torch.zeros(6, 50, dtype=torch.long), None, 4),
+        (torch.zeros(6, 50), torch.zeros(6, 50), 4),
+    ],
+)
+def test_no_more_rows_of_tokens_than_hold_enough_positions(
+    inputs: torch.Tensor, targets: torch.Tensor | None, rows: int
+) -> None:
+    cut = lab.Batch((inputs,), {}, targets).rows(4, enough=128).inputs
+    assert cut is not None
+    assert len(cut) == rows

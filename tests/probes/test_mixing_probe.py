@@ -115,7 +115,7 @@ def asked(model: torch.nn.Module, batch: Batch) -> Step:
     [
         (Batch((torch.randn(4, 8),)), "tokens"),
         (Batch((torch.ones(1, 8, dtype=torch.long),)), "too few"),
-        (Batch((torch.ones(5, 3, dtype=torch.long),)), "which axis"),
+        (Batch((torch.ones(5, 2, dtype=torch.long),)), "which axis"),
         (Batch((torch.ones(4, 8, dtype=torch.long), [1])), "cannot be told"),
         (Batch((torch.ones(8, 8, dtype=torch.long), torch.ones(8, 8))), "cannot be told"),
         (Batch((torch.ones(4, 8, dtype=torch.long), torch.ones(4, 4))), "cannot be told"),
@@ -124,6 +124,34 @@ def asked(model: torch.nn.Module, batch: Batch) -> Step:
 def test_what_cannot_be_tried_says_why(batch: Batch, reason: str) -> None:
     with pytest.raises(NotChecked, match=reason):
         asked(TimeFirst(), batch)
+
+
+class Mixes(torch.nn.Module):
+    """Gives each row the mean of all; notes how many it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 8)
+        self.rows: list[int] = []
+
+    def forward(self, tokens: torch.Tensor, marks: torch.Tensor | None = None) -> torch.Tensor:
+        self.rows.append(len(tokens))
+        x = self.embed(tokens)
+        return x + x.mean(0, keepdim=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_third_row_is_asked_only_where_something_may_say_what_is_padding(*, marked: bool) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(11, (5, 8))
+    marks = torch.ones(5, 8, dtype=torch.bool)
+    model = Mixes()
+    step = asked(model, Batch((tokens, marks) if marked else (tokens,), {}, tokens.clone()))
+    assert model.rows == [3, 3] if marked else [2, 2]
+    row, _ = step.flush()
+    found = dict(zip(row.columns, row.values, strict=True))
+    assert found["mixing.rows", ""] > 0.01
+    assert found["mixing.padding", ""] == -1
 
 
 def test_a_router_may_mix_rows() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lab
+from lab.files import METRICS
+from lab.store import read_history
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,6 +88,14 @@ def test_positions_along_the_batch_are_named_where_they_are(tmp_path: Path, data
     diagnosis = diagnosed("wrong", data, tmp_path / "run")
     assert [(cause.id, cause.at) for cause in diagnosis.causes] == [("positions.along_batch", "places")]
     assert diagnosis.unexplained == ()
+
+
+def test_modules_are_asked_only_where_two_equal_rows_differ(tmp_path: Path) -> None:
+    for kind, asked in (("right", False), ("wrong", True)):
+        diagnosed(kind, "tokens", tmp_path / kind)
+        history = read_history(tmp_path / kind / METRICS)
+        assert bool(history.sites("places.others")) is asked
+        assert bool(history.sites("places.module_apart")) is asked
 
 
 @pytest.mark.parametrize("data", ["tokens", "series"])
