@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lab import NotChecked, Probe, Symptom, probe, rule
+from lab import NotChecked, Probe, Stage, Symptom, probe, rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from lab import History, Step
 
 
-@probe("compilation", title="How often is the same function compiled anew?", cost="none")
+@probe(
+    "compilation",
+    title="How often is the same function compiled anew?",
+    cost="none",
+    stages={"compilation.steps": Stage("work", "exact", says="steps in which the same function was compiled")},
+)
 class Compilation(Probe):
     """Reads the compiler's own count of how often it has begun to compile each function, at the end of each step.
 

@@ -28,6 +28,7 @@ HARD = (
     "loop.zero_grad_late",
     "norm.missing",
     "optimizer.stale_parameters",
+    "performance.recompilation",
     "performance.recompute",
     "targets.answers_cut",
 )
