@@ -29,6 +29,11 @@ WHOLE = 10_000  # steps of which every one is kept; of later ones fewer and fewe
 SOON = 3  # steps that are judged whether they are examined or not: what is wrong from the start is told at once
 
 
+def _thinned(index: int) -> int:
+    """Of how many steps one is kept, so far into a run: 1 until `WHOLE`, 2 until twice that, then 4, and so on."""
+    return 1 << (index // WHOLE).bit_length()
+
+
 class Session:
     """Watches one run.
 
@@ -39,7 +44,8 @@ class Session:
             to ten times as much. A new symptom, or a suspicion, calls for one more at the next step. Experiments that
             are made seldom belong to the first two of these steps, to the last step, to those that a suspicion calls
             for, and else to each of which the number is three times that of the one before, or 40 times the cadence
-            away.
+            away. From step 10,000 on both are twice as far apart, from 20,000 on four times, and so on: what is kept of
+            a run of any length has to fit on a disk and in memory.
         agree: Whether any process of several wants to look again. An experiment calls the model, and the processes
             may have to call it together.
         others: Reads what other processes of the same training have shown, when this one has ended; it may wait for
@@ -90,9 +96,9 @@ class Session:
         step.examined = now or index >= self._next
         step.thorough = now or (step.examined and index >= self._next_thorough)
         if index >= self._next:
-            self._next = index + max(every, min(index // 2, 10 * every))
+            self._next = index + max(every, min(index // 2, 10 * every * _thinned(index)))
         if step.examined and index >= self._next_thorough:
-            self._next_thorough = index + max(every, min(2 * index, 40 * every))
+            self._next_thorough = index + max(every, min(2 * index, 40 * every * _thinned(index)))
         self.run.step = step
 
     def before_update(self, step: Step) -> None:
@@ -192,8 +198,7 @@ class Session:
         All of the first 10,000 are, then every second until 20,000, every fourth until 40,000, and so on; and each that
         is examined, or in which something is not finite. A plugin is given all of them.
         """
-        octave = (step.index // WHOLE).bit_length()
-        return step.examined or step.index % 2**octave == 0 or not np.isfinite(row.values).all()
+        return step.examined or step.index % _thinned(step.index) == 0 or not np.isfinite(row.values).all()
 
     def _loss_broke(self, row: Row) -> bool:
         """Whether the loss was finite until now and is not any more: a reason to judge at once."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import lab
 from lab import session
+from lab.catalogue import Catalogue
+from lab.context import Step
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
     import pytest
     from conftest import SmallRun
 
-    from lab import Run, Step
+    from lab import Run
 
 
 @lab.plugin("when", title="Keeps which steps are examined")
@@ -58,6 +62,22 @@ def test_what_costs_much_is_made_seldom_and_where_something_is_suspected(small_r
     dear = Dear()
     small_run(dear, faults=[{"id": "targets.not_shifted", "from_step": 35}], steps=50)
     assert dear.steps == [0, 10, 30, 46, 47, 48, 49]
+
+
+def test_each_doubling_of_a_long_run_is_examined_as_often(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(folder=tmp_path, steps=None)
+    watching = session.Session(run, Catalogue())
+    looks, dear = [], []
+    for index in range(80_000):
+        step = Step(index)
+        watching.begin_step(step)
+        looks += [index] if step.examined else []
+        dear += [index] if step.thorough else []
+    watching.store.close()
+    assert {b - a for a, b in pairwise(looks) if a > 300 and b <= session.WHOLE} == {100}
+    for begin in (10_000, 20_000, 40_000):
+        assert 49 <= sum(begin <= index < 2 * begin for index in looks) <= 51
+        assert 12 <= sum(begin <= index < 2 * begin for index in dear) <= 13
 
 
 def test_of_a_long_run_fewer_and_fewer_steps_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
