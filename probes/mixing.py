@@ -148,7 +148,7 @@ class _Calls(Hooked):
 
 
 def _plain(value: Any, tokens: Tensor) -> bool:
-    """Whether it is known what three rows of an argument are: it has the shape of the tokens, or serves all rows."""
+    """Whether it is known what a few rows of an argument are: it has the shape of the tokens, or serves all rows."""
     if not torch.is_tensor(value):
         return value is None or isinstance(value, (bool, int, float, str))
     count, length = tokens.shape

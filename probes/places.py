@@ -177,6 +177,8 @@ def _out_of_place(history: History, metric: str) -> Iterator[tuple[str, int, flo
     apart, others = (history.series(f"places.{name}") for name in ("apart", "others"))
     if not len(apart):
         raise LookAgain("equal rows are answered differently; the next look tells whether by their place")
+    if not len(apart.finite):
+        raise NotChecked("equal rows were answered differently, and then the outputs were not finite")
     told = set(apart.steps[apart.values > limit]) & set(others.steps[others.values <= limit])
     for site, series in history.each(metric):
         for step, seen in zip(series.steps, series.values, strict=True):

@@ -147,7 +147,7 @@ def test_a_third_row_is_asked_only_where_something_may_say_what_is_padding(*, ma
     marks = torch.ones(5, 8, dtype=torch.bool)
     model = Mixes()
     step = asked(model, Batch((tokens, marks) if marked else (tokens,), {}, tokens.clone()))
-    assert model.rows == [3, 3] if marked else [2, 2]
+    assert model.rows == ([3, 3] if marked else [2, 2])
     row, _ = step.flush()
     found = dict(zip(row.columns, row.values, strict=True))
     assert found["mixing.rows", ""] > 0.01

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,14 @@ from torch.nn import functional as F
 
 import lab
 from lab.files import METRICS
-from lab.store import read_history
+from lab.store import Row, read_history
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import SmallRun
+
+probes = importlib.import_module("lab.probes.places")
 
 B, T, C, V = 7, 9, 16, 20
 
@@ -119,3 +123,14 @@ def test_the_lab_s_own_models_are_checked(small_run: SmallRun, objective: str) -
     diagnosis, _ = small_run(train=train, data={"source": "markov", "batch": 6}, steps=4)
     assert "places.row" in diagnosis.checked, diagnosis.not_checked
     assert not [s for s in diagnosis.symptoms if s.id.startswith(("places.", "attending.", "attention."))]
+
+
+def test_what_is_not_finite_when_it_is_tried_again_is_not_called_right() -> None:
+    names = [("places.batch_first", ""), ("places.rounding", ""), ("places.twice", "")]
+    history = lab.History()
+    history.add(0, Row(tuple(names), np.array([1.0, 1e-4, 0.5])))
+    with pytest.raises(lab.LookAgain):
+        [*probes.places_row.judge(history)]
+    history.add(1, Row((*names[:2], ("places.apart", ""), ("places.others", "")), np.array([1.0, 1e-4, *[np.nan] * 2])))
+    with pytest.raises(lab.NotChecked, match="not finite"):
+        [*probes.places_row.judge(history)]
